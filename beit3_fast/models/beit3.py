@@ -1,0 +1,266 @@
+"""The backbone: embeddings and encoder, with the public code's call and the row form that everything here uses."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..layout import TokenLayout
+from .config import EncoderConfig
+from .embedding import VisionEmbedding
+from .encoder import Encoder, KeyValueStore
+
+
+class BEiT3(nn.Module):
+    """The multimodal backbone (torchscale ``BEiT3``): released state-dict keys, call and return values.
+
+    Args:
+        args: an :class:`EncoderConfig`, or torchscale's.
+    """
+
+    def __init__(self, args: Any, **kwargs: Any) -> None:
+        super().__init__()
+        config = EncoderConfig.from_args(args)
+        self.args = args
+        self.config = config
+        self.text_embed = nn.Embedding(config.vocab_size, config.encoder_embed_dim)
+        nn.init.normal_(self.text_embed.weight, std=config.encoder_embed_dim**-0.5)
+        self.vision_embed = VisionEmbedding(
+            config.img_size, config.patch_size, config.in_chans, config.encoder_embed_dim
+        )
+        self.encoder = Encoder(config, self.vision_embed.num_position_embeddings())
+
+    def encode(
+        self,
+        image: Tensor | None,
+        text: Tensor | None,
+        text_padding: Tensor | None = None,
+        *,
+        mask: str | Tensor = "full",
+        text_lengths: Sequence[int] | None = None,
+        vision_masked_position: Tensor | None = None,
+    ) -> tuple[Tensor, TokenLayout]:
+        """Encoded rows in expert order and their layout; padded text takes no part.
+
+        Args:
+            image: (B, C, H, W) or None.
+            text: int64/int32 token ids (B, T) or None.
+            text_padding: (B, T), 1/True = padding, or None.
+            mask: as :func:`beit3_fast.ops.attention` takes it.
+            text_lengths: valid tokens of each (right-padded) text, on the host: then nothing waits for the device.
+            vision_masked_position: (B, patches), 1 = masked.
+
+        Returns:
+            rows (N, D), layout.
+
+        Raises:
+            TypeError, ValueError: bad input, named in the message.
+        """
+        layout = self._layout(image, text, text_padding, text_lengths)
+        rows = []
+        if image is not None:
+            vision = self.vision_embed(image, vision_masked_position) + self.encoder.embed_positions.vision()
+            rows.append(vision.flatten(0, 1))
+        if text is not None:
+            words = self.text_embed(layout.pack_text(text))
+            rows.append(words + self.encoder.embed_positions.text(layout.text_column))
+        return self.encoder(torch.cat(rows) if len(rows) > 1 else rows[0], layout, mask), layout
+
+    def forward(
+        self,
+        textual_tokens: Tensor | None = None,
+        visual_tokens: Tensor | None = None,
+        text_padding_position: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        vision_masked_position: Tensor | None = None,
+        incremental_state: dict[int, dict[str, Tensor]] | None = None,
+        positions: Tensor | None = None,
+        *,
+        text_lengths: Sequence[int] | None = None,
+    ) -> dict[str, Any]:
+        """The public call (torchscale ``BEiT3.forward``).
+
+        Args:
+            textual_tokens: int64/int32 (B, T) or None.
+            visual_tokens: (B, C, H, W) or None.
+            text_padding_position: (B, T), 1/True = padding.
+            attn_mask: (S, S) over the image's and the text's columns, 1 = forbidden.
+            vision_masked_position: (B, patches), 1 = replaced by the mask token.
+            incremental_state: {layer: {"prev_key", "prev_value": (B, H, S', d)}}, extended in place by this call's keys.
+            positions: (1 or B, T) rows of the text position table, for text alone; columns + 2 by default.
+            text_lengths: valid tokens of each text, on the host (not in the public code).
+
+        Returns:
+            dict with ``encoder_out`` (B, S, D): zeros at padded positions, where the public code returns values that
+            nothing depends on; ``encoder_embedding`` (B, S, D) before positions; ``encoder_padding_mask`` (B, S);
+            ``multiway_split_position`` (-1 image alone, 0 text alone, else the image's token count); ``encoder_states``
+            (empty) and ``l_aux`` (a None per layer).
+
+        Raises:
+            TypeError, ValueError: bad input, named in the message.
+        """
+        if incremental_state is not None or positions is not None:
+            encoded, layout = self._encode_dense(
+                visual_tokens,
+                textual_tokens,
+                text_padding_position,
+                attn_mask,
+                vision_masked_position,
+                incremental_state,
+                positions,
+            )
+        else:
+            encoded, layout = self.encode(
+                visual_tokens,
+                textual_tokens,
+                text_padding_position,
+                mask="full" if attn_mask is None else attn_mask,
+                text_lengths=text_lengths,
+                vision_masked_position=vision_masked_position,
+            )
+        embeddings = []
+        if visual_tokens is not None:
+            embeddings.append(self.vision_embed(visual_tokens, vision_masked_position))
+        if textual_tokens is not None:
+            embeddings.append(self.text_embed(textual_tokens))
+        padding = torch.zeros(layout.batch_size, layout.width, dtype=torch.bool, device=encoded.device)
+        if text_padding_position is not None and textual_tokens is not None:
+            padding = torch.cat([padding[:, : layout.vision_width], text_padding_position.to(encoded.device)], dim=1)
+        return {
+            "encoder_out": layout.unpack(encoded),
+            "encoder_embedding": torch.cat(embeddings, dim=1),
+            "encoder_padding_mask": padding,
+            "encoder_states": [],
+            "l_aux": [None] * self.encoder.num_layers,
+            "multiway_split_position": -1 if textual_tokens is None else layout.vision_width,
+        }
+
+    def _encode_dense(
+        self,
+        image: Tensor | None,
+        text: Tensor | None,
+        text_padding: Tensor | None,
+        attn_mask: Tensor | None,
+        vision_masked_position: Tensor | None,
+        incremental_state: dict[int, dict[str, Tensor]] | None,
+        positions: Tensor | None,
+    ) -> tuple[Tensor, TokenLayout]:
+        """The public code's incremental form: every column takes part, earlier keys and values come from the state."""
+        if positions is not None and image is not None:
+            raise ValueError("positions must be None when an image is given: they index the text position table")
+        if incremental_state is None:
+            if text_padding is not None:
+                raise ValueError("positions must be None when text_padding_position is given")
+            incremental_state = {}
+        layout = self._layout(image, text, None, None)
+        if text_padding is not None:
+            self._check_padding(text, text_padding)
+        rows = []
+        if image is not None:
+            vision = self.vision_embed(image, vision_masked_position) + self.encoder.embed_positions.vision()
+            rows.append(vision.flatten(0, 1))
+        if text is not None:
+            if positions is None:
+                position_rows = self.encoder.embed_positions.text(layout.text_column)
+            else:
+                position_rows = self.encoder.embed_positions["B"](positions.expand(text.shape)).flatten(0, 1)
+            words = self.text_embed(text.flatten()) + position_rows
+            if text_padding is not None:
+                words = words * (1 - text_padding.to(words).view(-1, 1))
+            rows.append(words)
+        store = IncrementalState(incremental_state, layout, attn_mask)
+        return self.encoder(torch.cat(rows), layout, store=store), layout
+
+    def _layout(
+        self,
+        image: Tensor | None,
+        text: Tensor | None,
+        text_padding: Tensor | None,
+        text_lengths: Sequence[int] | None,
+    ) -> TokenLayout:
+        if image is None and text is None:
+            raise ValueError("an image or a text is needed, got neither")
+        vision_tokens = 0 if image is None else self.vision_embed.num_position_embeddings()
+        if text is None:
+            batch_size = len(image)  # type: ignore[arg-type]
+            if batch_size == 0:
+                raise ValueError("image is an empty batch; at least one sample is needed")
+            return TokenLayout.from_lengths([vision_tokens] * batch_size, [0] * batch_size, device=image.device)  # type: ignore[union-attr]
+        self._check_text(text)
+        batch_size, width = text.shape
+        if image is not None and len(image) != batch_size:
+            raise ValueError(f"image and text must have one batch size, got {len(image)} and {batch_size}")
+        if text_padding is not None:
+            self._check_padding(text, text_padding)
+        if text_lengths is not None:
+            layout = TokenLayout.from_lengths(
+                [vision_tokens] * batch_size, text_lengths, text_width=width, device=text.device
+            )
+            if text_padding is not None and text_padding.device.type == "cpu":
+                valid = (text_padding == 0).sum(1).tolist()
+                if valid != list(text_lengths):
+                    raise ValueError(f"text_lengths {list(text_lengths)} disagree with the padding mask's {valid}")
+            return layout
+        if text_padding is not None:
+            return TokenLayout.from_padding(text_padding, vision_tokens=vision_tokens, device=text.device)
+        return TokenLayout.from_lengths([vision_tokens] * batch_size, [width] * batch_size, device=text.device)
+
+    def _check_text(self, text: Tensor) -> None:
+        if not isinstance(text, Tensor) or text.dtype not in (torch.int64, torch.int32):
+            got = text.dtype if isinstance(text, Tensor) else type(text).__name__
+            raise TypeError(f"text must be an int64 or int32 tensor of token ids, got {got}")
+        if text.ndim != 2 or 0 in text.shape:
+            raise ValueError(f"text must have shape (batch, tokens), neither empty; got {tuple(text.shape)}")
+        longest = self.config.max_source_positions - self.encoder.embed_positions.FIRST
+        if text.shape[1] > longest:
+            raise ValueError(f"text must have at most {longest} tokens (the position table), got {text.shape[1]}")
+        if text.device.type == "cpu" and not torch.compiler.is_compiling():  # a look at a GPU tensor would be a wait
+            low, high = text.aminmax()
+            if low < 0 or high >= self.config.vocab_size:
+                raise ValueError(
+                    f"text must hold token ids in [0, {self.config.vocab_size}), got values from {int(low)} to {int(high)}"
+                )
+
+    @staticmethod
+    def _check_padding(text: Tensor | None, padding: Tensor) -> None:
+        shape = None if text is None else text.shape
+        if not isinstance(padding, Tensor) or padding.shape != shape:
+            got = tuple(padding.shape) if isinstance(padding, Tensor) else type(padding).__name__
+            raise ValueError(
+                f"padding_mask must have the text's shape {None if shape is None else tuple(shape)}, got {got}"
+            )
+        if padding.device.type == "cpu" and not torch.compiler.is_compiling():
+            padded = padding != 0
+            inverted = padded[:, 0] & ~padded.all(dim=1)
+            if inverted.any():
+                row = int(inverted.nonzero()[0])
+                raise ValueError(
+                    f"padding_mask: 1 = padding, but row {row} pads its first token and not its others; is the mask inverted?"
+                )
+
+
+class IncrementalState:
+    """The public decoding protocol as a :class:`KeyValueStore`: keys and values of earlier calls in a dict of dicts."""
+
+    def __init__(self, state: dict[int, dict[str, Tensor]], layout: TokenLayout, forbidden: Tensor | None) -> None:
+        self.state = state
+        self.layout = layout
+        self.allowed = None if forbidden is None else forbidden == 0
+
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        """(N, 3, H, d) rows of whole samples -> (N, H * d)."""
+        q, k, v = self.layout.unpack(qkv).permute(2, 0, 3, 1, 4)  # each [B, H, S, d]
+        earlier = self.state.setdefault(layer, {})
+        if "prev_key" in earlier:
+            k = torch.cat([earlier["prev_key"], k], dim=2)
+            v = torch.cat([earlier["prev_value"], v], dim=2)
+        earlier["prev_key"], earlier["prev_value"] = k, v
+        heads = F.scaled_dot_product_attention(q, k, v, attn_mask=self.allowed)
+        return self.layout.pack(heads.transpose(1, 2).flatten(2))
+
+
+_: type[KeyValueStore] = IncrementalState

@@ -1,0 +1,166 @@
+"""The encoder: pre-norm Multiway layers with sub-LayerNorms, over rows in expert order."""
+
+from __future__ import annotations
+
+import math
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .. import ops
+from ..layout import TokenLayout
+from .config import EncoderConfig
+from .embedding import PositionEmbedding
+from .modules import DropPath, MultiwayFeedForward, MultiwayLayerNorm, MultiwayLinear
+from .released_keys import Piece, translate
+
+EXPERTS = {1: ("",), 2: (".A", ".B"), 3: (".A", ".B", ".VL")}
+"""Released suffix of each expert: none when shared, vision, language, and the paper's vision-language expert."""
+
+
+class KeyValueStore(Protocol):
+    """Takes a layer's fused q/k/v rows and gives its attention output: how decoding brings in earlier keys and values."""
+
+    def attend(self, layer: int, qkv: Tensor) -> Tensor:
+        """(N, 3, H, d) -> (N, H * d)"""
+
+
+class SelfAttention(nn.Module):
+    """Fused q/k/v projection, attention over two-part sequences, sub-LayerNorm, output projection."""
+
+    def __init__(self, config: EncoderConfig, num_experts: int) -> None:
+        super().__init__()
+        width = config.encoder_embed_dim
+        self.num_heads = config.encoder_attention_heads
+        self.head_dim = width // self.num_heads
+        self.qkv = MultiwayLinear(num_experts, width, 3 * width)
+        self.out_proj = MultiwayLinear(num_experts, width, width)
+        self.inner_attn_ln = MultiwayLayerNorm(num_experts, width, config.layernorm_eps)
+
+    def project(self, x: Tensor, offsets: Tensor) -> Tensor:
+        """(N, D) -> (N, 3, H, d)"""
+        return self.qkv(x, offsets).view(-1, 3, self.num_heads, self.head_dim)
+
+
+class EncoderLayer(nn.Module):
+    """x + out(LN(attention(LN(x)))), then x + fc2(LN(gelu(fc1(LN(x))))) (torchscale ``EncoderLayer``, sub-LN)."""
+
+    def __init__(self, config: EncoderConfig, depth: int) -> None:
+        super().__init__()
+        width = config.encoder_embed_dim
+        self.depth = depth
+        attention_experts = 1 if config.shared_attention else 2
+        ffn_experts = 3 if depth >= config.encoder_layers - config.vl_ffn_layers else 2
+        self.shared_attention = config.shared_attention
+        self.fused_ffn = ffn_experts == 3
+        self.self_attn = SelfAttention(config, attention_experts)
+        self.self_attn_layer_norm = MultiwayLayerNorm(attention_experts, width, config.layernorm_eps)
+        self.ffn = MultiwayFeedForward(ffn_experts, width, config.encoder_ffn_embed_dim, config.layernorm_eps)
+        self.final_layer_norm = MultiwayLayerNorm(ffn_experts, width, config.layernorm_eps)
+        # drop_path rises linearly with depth; the first layer's is 0
+        rate = config.drop_path_rate * depth / max(config.encoder_layers - 1, 1)
+        self.drop_path = DropPath(rate) if rate > 0 else None
+        translate(self, _layer_pieces(attention_experts, ffn_experts))
+
+    def forward(
+        self, x: Tensor, layout: TokenLayout, mask: str | Tensor = "full", store: KeyValueStore | None = None
+    ) -> Tensor:
+        """(N, D) rows -> (N, D) rows."""
+        offsets = layout.shared_offsets if self.shared_attention else layout.expert_offsets
+        attention = self.self_attn
+        qkv = attention.project(self.self_attn_layer_norm(x, offsets), offsets)
+        if store is None:
+            heads = ops.attention(qkv, layout, attention.num_heads, mask=mask)
+        else:
+            heads = store.attend(self.depth, qkv)
+        x = self._add(x, attention.inner_attn_ln(heads, offsets), attention.out_proj, offsets, layout)
+        offsets = layout.fused_offsets if self.fused_ffn else layout.expert_offsets
+        return self._add(x, self.final_layer_norm(x, offsets), self.ffn, offsets, layout)
+
+    def _add(self, x: Tensor, normed: Tensor, branch: nn.Module, offsets: Tensor, layout: TokenLayout) -> Tensor:
+        if self.drop_path is None or not self.training:
+            return branch(normed, offsets, residual=x)
+        return x + self.drop_path(branch(normed, offsets), layout)
+
+
+def _layer_pieces(attention_experts: int, ffn_experts: int) -> list[Piece]:
+    """The released keys of a layer, in the public code's order."""
+
+    def stacked(released: str, stored: str, experts: int, names: tuple[str, ...] = ("weight", "bias")) -> list[Piece]:
+        return [
+            Piece(f"{released}{suffix}.{name}", f"{stored}.{name}", index, experts)
+            for index, suffix in enumerate(EXPERTS[experts])
+            for name in names
+        ]
+
+    pieces = []
+    for projection in ("k_proj", "v_proj", "q_proj"):
+        index = ("q_proj", "k_proj", "v_proj").index(projection)  # the order in which they are stored
+        for expert, suffix in enumerate(EXPERTS[attention_experts]):
+            for name in ("weight", "bias"):
+                pieces.append(
+                    Piece(
+                        f"self_attn.{projection}{suffix}.{name}",
+                        f"self_attn.qkv.{name}",
+                        3 * expert + index,
+                        3 * attention_experts,
+                    )
+                )
+    pieces += stacked("self_attn.out_proj", "self_attn.out_proj", attention_experts)
+    pieces += stacked("self_attn.inner_attn_ln", "self_attn.inner_attn_ln", attention_experts)
+    pieces += stacked("self_attn_layer_norm", "self_attn_layer_norm", attention_experts)
+    for expert, suffix in enumerate(EXPERTS[ffn_experts]):
+        for part in ("fc1", "fc2", "ffn_layernorm"):
+            for name in ("weight", "bias"):
+                pieces.append(Piece(f"ffn{suffix}.{part}.{name}", f"ffn.{part}.{name}", expert, ffn_experts))
+    pieces += stacked("final_layer_norm", "final_layer_norm", ffn_experts)
+    return pieces
+
+
+class Encoder(nn.Module):
+    """Position tables, layers, and a final LayerNorm where ``normalize_output`` asks for one."""
+
+    def __init__(self, config: EncoderConfig, vision_tokens: int) -> None:
+        super().__init__()
+        self.embed_positions = PositionEmbedding(vision_tokens, config.max_source_positions, config.encoder_embed_dim)
+        self.layers = nn.ModuleList(EncoderLayer(config, depth) for depth in range(config.encoder_layers))
+        self.num_layers = config.encoder_layers
+        self.checkpoint_activations = bool(config.checkpoint_activations)
+        self.layer_norm = (
+            MultiwayLayerNorm(2, config.encoder_embed_dim, config.layernorm_eps) if config.normalize_output else None
+        )
+        if self.layer_norm is not None:
+            translate(
+                self,
+                [
+                    Piece(f"layer_norm{suffix}.{name}", f"layer_norm.{name}", index, 2)
+                    for index, suffix in enumerate(EXPERTS[2])
+                    for name in ("weight", "bias")
+                ],
+            )
+        self._scale_branches()
+
+    @torch.no_grad()
+    def _scale_branches(self) -> None:
+        """The sub-LN initialisation: v, out, fc1 and fc2 are scaled by sqrt(log(2 L)) (torchscale ``Encoder``)."""
+        scale = math.sqrt(math.log(2 * self.num_layers))
+        for layer in self.layers:
+            attention, ffn = layer.self_attn, layer.ffn
+            for linear in (attention.out_proj, ffn.fc1, ffn.fc2):
+                linear.weight.mul_(scale)
+                linear.bias.mul_(scale)
+            for fused in (attention.qkv.weight, attention.qkv.bias):
+                fused[:, 2 * attention.num_heads * attention.head_dim :].mul_(scale)
+
+    def forward(
+        self, x: Tensor, layout: TokenLayout, mask: str | Tensor = "full", store: KeyValueStore | None = None
+    ) -> Tensor:
+        """(N, D) embedded rows -> (N, D) rows."""
+        for layer in self.layers:
+            if self.checkpoint_activations and self.training and torch.is_grad_enabled():
+                x = checkpoint(layer, x, layout, mask, store, use_reentrant=False)
+            else:
+                x = layer(x, layout, mask, store)
+        return x if self.layer_norm is None else self.layer_norm(x, layout.expert_offsets)

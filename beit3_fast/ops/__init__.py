@@ -1,0 +1,20 @@
+"""The five operations of a BEiT-3 layer, each beside its plain PyTorch reference."""
+
+from .attention import attention, attention_reference
+from .layer_norm import layer_norm, layer_norm_reference
+from .multiway_ffn import multiway_ffn, multiway_ffn_reference
+from .multiway_linear import multiway_linear, multiway_linear_reference
+from .route_tokens import route_tokens, route_tokens_reference
+
+__all__ = [
+    "attention",
+    "attention_reference",
+    "layer_norm",
+    "layer_norm_reference",
+    "multiway_ffn",
+    "multiway_ffn_reference",
+    "multiway_linear",
+    "multiway_linear_reference",
+    "route_tokens",
+    "route_tokens_reference",
+]

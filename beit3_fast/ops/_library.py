@@ -1,0 +1,137 @@
+"""What the op files share: registration in PyTorch's dispatcher, argument checks, expert segments.
+
+Every op is ``torch.ops.beit3_fast.<op>`` with its backward ``torch.ops.beit3_fast.<op>_backward``. The plain PyTorch
+implementation is registered for every device (CompositeExplicitAutograd); a compiled kernel registers itself for its
+device and takes precedence there. Nothing else decides.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_LIBRARY = torch.library.Library("beit3_fast", "DEF")
+
+
+def define(schema: str, fallback: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
+    """Define an op, its plain PyTorch implementation for all devices and its shapes (for torch.compile and export)."""
+    name = schema.split("(", 1)[0]
+    _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
+    _LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"beit3_fast::{name}", fake, lib=_LIBRARY)
+    return getattr(torch.ops.beit3_fast, name).default
+
+
+def differentiate(op: torch._ops.OpOverload, setup: Callable[..., None], backward: Callable[..., Any]) -> None:
+    """Register the op's backward; outputs that were not used arrive there as None."""
+
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.set_materialize_grads(False)
+        setup(ctx, inputs, output)
+
+    torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def autocast(op: torch._ops.OpOverload, arguments: Sequence[str]) -> None:
+    """Under autocast, cast the named floating-point arguments to its dtype; the others (a residual stream) stay as they are."""
+    positions = [i for i, argument in enumerate(op._schema.arguments) if argument.name in arguments]
+    name = op.name().split("::")[1]
+    for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+        keyset = torch._C.DispatchKeySet(getattr(torch._C.DispatchKey, key))
+
+        def kernel(*args: Any, device_type: str = device_type, keyset: Any = keyset) -> Any:
+            dtype = torch.get_autocast_dtype(device_type)
+            cast = list(args)
+            for i in positions:
+                if isinstance(cast[i], Tensor) and cast[i].is_floating_point() and cast[i].dtype != torch.float64:
+                    cast[i] = cast[i].to(dtype)
+            with torch._C._ExcludeDispatchKeyGuard(keyset):
+                return op(*cast)
+
+        _LIBRARY.impl(name, kernel, key)
+
+
+def segments(expert_offsets: Tensor, num_rows: int) -> Iterator[tuple[int, slice]]:
+    """(expert, rows) for every expert that has rows, from offsets read on the host.
+
+    Raises:
+        ValueError: offsets that do not start at 0, decrease, or exceed num_rows.
+    """
+    offsets = expert_offsets.tolist()
+    if offsets[0] != 0 or offsets[-1] > num_rows or any(a > b for a, b in zip(offsets, offsets[1:], strict=False)):
+        raise ValueError(f"expert_offsets must rise from 0 to at most {num_rows} (the rows of x), got {offsets}")
+    for expert, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+        if start < stop:
+            yield expert, slice(start, stop)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype that statistics and activations are computed in: fp32, or fp64 for fp64 input."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def empty(like: Tensor) -> Tensor:
+    """The (0,) tensor that stands for an output nobody asked for."""
+    return like.new_empty(0)
+
+
+def check_rows(x: Tensor) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    if x.ndim != 2 or not x.is_floating_point():
+        raise ValueError(f"x must be floating-point rows of shape (N, width), got {tuple(x.shape)} {x.dtype}")
+
+
+def check_parameter(name: str, value: Tensor, shape: tuple[int | None, ...], x: Tensor) -> None:
+    """A parameter has the expected shape (None = any) and lies beside x."""
+    fits = value.ndim == len(shape) and all(
+        want is None or want == got for want, got in zip(shape, value.shape, strict=True)
+    )
+    if not fits:
+        wanted = ", ".join("*" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name} must have shape ({wanted}), got {tuple(value.shape)}")
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on x's device {x.device}, got {value.device}")
+
+
+def check_same_dtype(x: Tensor, **others: Tensor | None) -> None:
+    """Operands of a matrix product share one dtype, unless autocast is about to give them one."""
+    if torch.is_autocast_enabled(x.device.type):
+        return
+    for name, other in others.items():
+        if other is not None and other.dtype != x.dtype:
+            raise ValueError(f"{name} must have x's dtype {x.dtype}, got {other.dtype}")
+
+
+def check_offsets(expert_offsets: Tensor, num_experts: int, x: Tensor) -> None:
+    if expert_offsets.dtype != torch.int32 or expert_offsets.shape != (num_experts + 1,):
+        raise ValueError(
+            f"expert_offsets must be int32 with {num_experts + 1} entries (experts + 1), "
+            f"got {expert_offsets.dtype} {tuple(expert_offsets.shape)}"
+        )
+    if expert_offsets.device != x.device:
+        raise ValueError(f"expert_offsets must be on x's device {x.device}, got {expert_offsets.device}")
+
+
+def check_residual(residual: Tensor | None, shape: tuple[int, int], x: Tensor) -> None:
+    if residual is not None:
+        check_parameter("residual", residual, shape, x)
+
+
+def check_row_index(row_index: Tensor | None, x: Tensor) -> None:
+    if row_index is None:
+        return
+    if row_index.dtype not in (torch.int32, torch.int64) or row_index.shape != (x.shape[0],):
+        raise ValueError(
+            f"row_index must be int32 or int64 of shape ({x.shape[0]},), one entry per row of x; "
+            f"got {row_index.dtype} {tuple(row_index.shape)}"
+        )
+    if row_index.device != x.device:
+        raise ValueError(f"row_index must be on x's device {x.device}, got {row_index.device}")
+    if row_index.device.type == "cpu" and row_index.numel() and not torch.compiler.is_compiling():
+        low, high = row_index.aminmax()
+        if low < 0 or high >= x.shape[0]:
+            raise ValueError(f"row_index must lie in [0, {x.shape[0]}), got values from {int(low)} to {int(high)}")

@@ -1,0 +1,231 @@
+"""Multi-head attention over two-part (vision, text) sequences whose rows lie in expert order."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backend import current_backend
+from ..layout import TokenLayout
+from . import _library
+from ._library import wide
+
+MASKS = ("full", "captioning", "causal")
+
+
+def attention(
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
+    layout: TokenLayout,
+    num_heads: int,
+    *,
+    mask: str | Tensor = "full",
+    scale: float | None = None,
+) -> Tensor:
+    """``softmax(scale * q k^T + mask) v`` for every sample and head, each sample's two row ranges read where they lie.
+
+    Args:
+        qkv: (N, 3, H, d) fused rows in expert order, or three (N, H, d); fp32, bf16, fp16 or fp64. Softmax is in fp32
+            (fp64 for fp64).
+        layout: where each sample's rows are.
+        num_heads: H.
+        mask: "full"; "captioning" (image sees image; text sees image and earlier text, itself included: ``uni_mask`` of the
+            public ``BEiT3ForCaptioning``); "causal"; or a bool or integer tensor (S, S) over positions of the virtual
+            sequence, S >= the longest sample, 1/True = forbidden. A query that may see no key gives zeros.
+        scale: of the scores; ``d ** -0.5`` by default.
+
+    Returns:
+        (N, H * d) rows in expert order. Rows past ``layout.expert_offsets[-1]`` are unspecified.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, named in the message.
+    """
+    if not isinstance(qkv, Tensor):
+        if len(qkv) != 3 or qkv[0].shape != qkv[1].shape or qkv[0].shape != qkv[2].shape:
+            raise ValueError(f"qkv must be one tensor or three of one shape, got {[tuple(t.shape) for t in qkv]}")
+        qkv = torch.stack(tuple(qkv), dim=1)
+    if qkv.ndim != 4 or qkv.shape[:3] != (layout.num_rows, 3, num_heads) or not qkv.is_floating_point():
+        raise ValueError(
+            f"qkv must be floating-point of shape ({layout.num_rows}, 3, {num_heads}, d), the rows of the layout and "
+            f"num_heads; got {tuple(qkv.shape)} {qkv.dtype}"
+        )
+    if layout.device != qkv.device:
+        raise ValueError(f"layout must be on qkv's device {qkv.device}, got {layout.device}")
+    forbidden = None
+    if isinstance(mask, Tensor):
+        if mask.ndim != 2 or mask.shape[0] != mask.shape[1] or mask.shape[0] < layout.width or mask.is_floating_point():
+            raise ValueError(
+                f"mask must be bool or integer of shape (S, S) with S >= {layout.width}, 1 = forbidden; "
+                f"got {tuple(mask.shape)} {mask.dtype}"
+            )
+        if mask.device != qkv.device:
+            raise ValueError(f"mask must be on qkv's device {qkv.device}, got {mask.device}")
+        mask, forbidden = "full", mask.bool()
+    elif mask not in MASKS:
+        raise ValueError(f"mask must be one of {', '.join(map(repr, MASKS))} or a tensor, got {mask!r}")
+    scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
+    if current_backend() == "reference":
+        return attention_reference(qkv, layout, num_heads, mask=mask if forbidden is None else forbidden, scale=scale)
+    save = torch.is_grad_enabled() and qkv.requires_grad
+    return _attention(qkv, layout.segments, forbidden, mask, scale, layout.width, save)[0]
+
+
+def attention_reference(
+    qkv: Tensor | tuple[Tensor, Tensor, Tensor],
+    layout: TokenLayout,
+    num_heads: int,
+    *,
+    mask: str | Tensor = "full",
+    scale: float | None = None,
+) -> Tensor:
+    """:func:`attention` in plain PyTorch: per sample, scores and probabilities in memory."""
+    q, k, v = qkv.unbind(1) if isinstance(qkv, Tensor) else qkv
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    forbidden = mask.bool() if isinstance(mask, Tensor) else None
+    name = "full" if isinstance(mask, Tensor) else mask
+    pieces, order = [], []
+    for rows, vision_len in _samples(layout.segments):
+        probabilities, _ = _probabilities(q[rows], k[rows], _forbidden(name, forbidden, vision_len, rows), scale)
+        pieces.append(torch.einsum("hij,jhd->ihd", probabilities.to(v.dtype), v[rows]))
+        order.append(rows)
+    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
+    if pieces:
+        out = out.index_copy(0, torch.cat(order), torch.cat(pieces))
+    return out.flatten(1)
+
+
+def _samples(layout_segments: Tensor) -> Iterator[tuple[Tensor, int]]:
+    """(rows of the virtual sequence, vision length) of every sample that has tokens."""
+    device = layout_segments.device
+    for vision_start, vision_len, text_start, text_len in layout_segments.tolist():
+        if vision_len + text_len:
+            vision = torch.arange(vision_start, vision_start + vision_len, device=device)
+            text = torch.arange(text_start, text_start + text_len, device=device)
+            yield torch.cat([vision, text]), vision_len
+
+
+def _forbidden(mask: str, forbidden: Tensor | None, vision_len: int, rows: Tensor) -> Tensor | None:
+    """(S, S) bool, True = the query (row) may not see the key (column); None = everything may be seen."""
+    length = rows.shape[0]
+    if forbidden is not None:
+        return forbidden[:length, :length]
+    if mask == "full":
+        return None
+    position = torch.arange(length, device=rows.device)
+    later = position.unsqueeze(0) > position.unsqueeze(1)  # [S, S]: key after query
+    if mask == "captioning":
+        later &= (position >= vision_len).unsqueeze(0)  # image keys are open to all
+    return later
+
+
+def _probabilities(q: Tensor, k: Tensor, forbidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """(H, S, S) softmax in the wide dtype and its (H, S) log-sum-exp, for q, k (S, H, d) of one sample."""
+    scores = torch.einsum("ihd,jhd->hij", q, k).to(wide(q.dtype)) * scale
+    if forbidden is not None:
+        scores = scores.masked_fill(forbidden, float("-inf"))
+    lse = scores.logsumexp(-1)
+    # a query with no key at all has lse = -inf: its probabilities are zeros, not NaN
+    return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0).unsqueeze(-1)), lse
+
+
+def _forward(
+    qkv: Tensor, layout_segments: Tensor, forbidden: Tensor | None, mask: str, scale: float, max_length: int, save: bool
+) -> tuple[Tensor, Tensor]:
+    num_rows, _, num_heads, head_dim = qkv.shape
+    out = qkv.new_zeros(num_rows, num_heads, head_dim)
+    lse = qkv.new_zeros((num_heads, num_rows) if save else 0, dtype=wide(qkv.dtype))
+    for rows, vision_len in _samples(layout_segments):
+        hidden = _forbidden(mask, forbidden, vision_len, rows)
+        sample = qkv[rows]  # [S, 3, H, d]
+        if save or forbidden is not None:
+            q, k, v = sample.unbind(1)
+            probabilities, sample_lse = _probabilities(q, k, hidden, scale)
+            out[rows] = torch.einsum("hij,jhd->ihd", probabilities.to(v.dtype), v)
+            if save:
+                lse[:, rows] = sample_lse
+        else:
+            q, k, v = sample.permute(1, 2, 0, 3).unsqueeze(1)  # each [1, H, S, d]
+            allowed = None if hidden is None else hidden.logical_not()
+            out[rows] = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)[0].transpose(0, 1)
+    return out.flatten(1), lse
+
+
+def _fake(
+    qkv: Tensor, layout_segments: Tensor, forbidden: Tensor | None, mask: str, scale: float, max_length: int, save: bool
+) -> tuple[Tensor, Tensor]:
+    num_rows, _, num_heads, head_dim = qkv.shape
+    lse = qkv.new_empty((num_heads, num_rows) if save else 0, dtype=wide(qkv.dtype))
+    return qkv.new_empty(num_rows, num_heads * head_dim), lse
+
+
+def _backward_forward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout_segments: Tensor,
+    forbidden: Tensor | None,
+    mask: str,
+    scale: float,
+    max_length: int,
+) -> Tensor:
+    dqkv = qkv.new_zeros(qkv.shape)
+    dout, out = dout.view_as(qkv[:, 0]), out.view_as(qkv[:, 0])
+    for rows, vision_len in _samples(layout_segments):
+        q, k, v = qkv[rows].unbind(1)  # [S, H, d]
+        probabilities, _ = _probabilities(q, k, _forbidden(mask, forbidden, vision_len, rows), scale)
+        dy = dout[rows]
+        dprobabilities = torch.einsum("ihd,jhd->hij", dy, v).to(probabilities.dtype)
+        delta = (dy * out[rows]).to(probabilities.dtype).sum(-1).t().unsqueeze(-1)  # [H, S, 1]
+        dscores = (probabilities * (dprobabilities - delta) * scale).to(q.dtype)
+        dqkv[rows, 0] = torch.einsum("hij,jhd->ihd", dscores, k)
+        dqkv[rows, 1] = torch.einsum("hij,ihd->jhd", dscores, q)
+        dqkv[rows, 2] = torch.einsum("hij,ihd->jhd", probabilities.to(dy.dtype), dy)
+    return dqkv
+
+
+def _backward_fake(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout_segments: Tensor,
+    forbidden: Tensor | None,
+    mask: str,
+    scale: float,
+    max_length: int,
+) -> Tensor:
+    return qkv.new_empty(qkv.shape)
+
+
+_attention = _library.define(
+    "attention(Tensor qkv, Tensor segments, Tensor? forbidden, str mask, float scale, int max_length, bool save)"
+    " -> (Tensor out, Tensor lse)",
+    _forward,
+    _fake,
+)
+_attention_backward = _library.define(
+    "attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor segments, Tensor? forbidden, str mask,"
+    " float scale, int max_length) -> Tensor dqkv",
+    _backward_forward,
+    _backward_fake,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    qkv, layout_segments, forbidden, ctx.mask, ctx.scale, ctx.max_length, _ = inputs
+    ctx.save_for_backward(qkv, *output, layout_segments, forbidden)
+
+
+def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dout is None:
+        return (None,) * 7
+    dqkv = _attention_backward(dout, *ctx.saved_tensors, ctx.mask, ctx.scale, ctx.max_length)
+    return (dqkv, *(None,) * 6)
+
+
+_library.differentiate(_attention, _setup, _backward)
+_library.autocast(_attention, ("qkv",))

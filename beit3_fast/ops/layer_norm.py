@@ -1,0 +1,168 @@
+"""LayerNorm with an affine per expert, optionally fused with the residual addition before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backend import current_backend
+from . import _library
+from ._library import check_offsets, check_parameter, check_residual, check_rows, empty, segments, wide
+
+
+def layer_norm(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    expert_offsets: Tensor,
+    *,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """``(x - mean) / sqrt(var + eps) * weight[e] + bias[e]`` over the last dimension, e the expert of the row.
+
+    Statistics are taken in fp32 (fp64 for fp64 input). The public code runs one ``nn.LayerNorm`` per modality
+    (torchscale ``MultiwayNetwork``); this is both in one pass.
+
+    Args:
+        x: (N, D) rows in expert order; fp32, bf16, fp16 or fp64.
+        weight, bias: (E, D), any floating dtype.
+        expert_offsets: int32 (E + 1,); row r belongs to expert e iff ``offsets[e] <= r < offsets[e + 1]``.
+            Rows at or past the last offset are padding: their output is unspecified.
+        residual: (N, D) added to x first, in the promoted dtype of the two.
+        eps: added to the variance.
+
+    Returns:
+        The normalised rows in x's dtype; with a residual ``(normed, x + residual)``, both in the promoted dtype.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, named in the message.
+    """
+    check_rows(x)
+    num_experts = weight.shape[0] if weight.ndim == 2 else 0
+    check_parameter("weight", weight, (None, x.shape[1]), x)
+    check_parameter("bias", bias, (num_experts, x.shape[1]), x)
+    check_offsets(expert_offsets, num_experts, x)
+    check_residual(residual, tuple(x.shape), x)
+    if current_backend() == "reference":
+        return layer_norm_reference(x, weight, bias, expert_offsets, residual=residual, eps=eps)
+    normed, total, _, _ = _layer_norm(x, residual, weight, bias, expert_offsets, eps)
+    return normed if residual is None else (normed, total)
+
+
+def layer_norm_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    expert_offsets: Tensor,
+    *,
+    residual: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """:func:`layer_norm` in plain PyTorch: one ``F.layer_norm`` per expert, padding rows are zeros."""
+    total = x if residual is None else x + residual
+    compute = torch.promote_types(total.dtype, weight.dtype)
+    pieces = [
+        F.layer_norm(
+            total[rows].to(compute), total.shape[1:], weight[expert].to(compute), bias[expert].to(compute), eps
+        ).to(total.dtype)
+        for expert, rows in segments(expert_offsets, total.shape[0])
+    ]
+    used = sum(piece.shape[0] for piece in pieces)
+    normed = torch.cat([*pieces, total.new_zeros(total.shape[0] - used, total.shape[1])])
+    return normed if residual is None else (normed, total)
+
+
+def _forward(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, expert_offsets: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    total = x if residual is None else x + residual
+    stats_dtype = wide(x.dtype)
+    normed = torch.zeros_like(total, memory_format=torch.contiguous_format)
+    mean, rstd = total.new_zeros(2, total.shape[0], dtype=stats_dtype).unbind()
+    for expert, rows in segments(expert_offsets, total.shape[0]):
+        y, m, r = torch.native_layer_norm(
+            total[rows].to(stats_dtype),
+            total.shape[1:],
+            weight[expert].to(stats_dtype),
+            bias[expert].to(stats_dtype),
+            eps,
+        )
+        normed[rows], mean[rows], rstd[rows] = y, m.squeeze(1), r.squeeze(1)
+    return normed, empty(x) if residual is None else total, mean.clone(), rstd.clone()
+
+
+def _fake(
+    x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, expert_offsets: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    stats = x.new_empty(x.shape[0], dtype=wide(x.dtype))
+    total = x.new_empty(0, dtype=dtype) if residual is None else x.new_empty(x.shape, dtype=dtype)
+    return x.new_empty(x.shape, dtype=dtype), total, stats, torch.empty_like(stats)
+
+
+def _backward_forward(
+    dy: Tensor, total: Tensor, weight: Tensor, expert_offsets: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    stats_dtype = mean.dtype
+    dx = torch.zeros_like(total, memory_format=torch.contiguous_format)
+    dweight, dbias = weight.new_zeros(2, *weight.shape).unbind()
+    for expert, rows in segments(expert_offsets, total.shape[0]):
+        dx_piece, dw_piece, db_piece = torch.ops.aten.native_layer_norm_backward(
+            dy[rows].to(stats_dtype),
+            total[rows].to(stats_dtype),
+            total.shape[1:],
+            mean[rows].unsqueeze(1),
+            rstd[rows].unsqueeze(1),
+            weight[expert].to(stats_dtype),
+            weight[expert].to(stats_dtype),  # the bias's value is not used
+            [True, True, True],
+        )
+        dx[rows], dweight[expert], dbias[expert] = dx_piece, dw_piece, db_piece
+    return dx, dweight.clone(), dbias.clone()
+
+
+def _backward_fake(
+    dy: Tensor, total: Tensor, weight: Tensor, expert_offsets: Tensor, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    return total.new_empty(total.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
+
+
+_layer_norm = _library.define(
+    "layer_norm(Tensor x, Tensor? residual, Tensor weight, Tensor bias, Tensor expert_offsets, float eps)"
+    " -> (Tensor normed, Tensor total, Tensor mean, Tensor rstd)",
+    _forward,
+    _fake,
+)
+_layer_norm_backward = _library.define(
+    "layer_norm_backward(Tensor dy, Tensor total, Tensor weight, Tensor expert_offsets, Tensor mean, Tensor rstd)"
+    " -> (Tensor dtotal, Tensor dweight, Tensor dbias)",
+    _backward_forward,
+    _backward_fake,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, residual, weight, bias, expert_offsets, _ = inputs
+    _, total, mean, rstd = output
+    ctx.save_for_backward(x if residual is None else total, weight, expert_offsets, mean, rstd)
+    ctx.dtypes = x.dtype, None if residual is None else residual.dtype, bias.dtype
+
+
+def _backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    total, weight, expert_offsets, mean, rstd = ctx.saved_tensors
+    x_dtype, residual_dtype, bias_dtype = ctx.dtypes
+    dweight = dbias = None
+    if dy is not None:
+        through_norm, dweight, dbias = _layer_norm_backward(dy, total, weight, expert_offsets, mean, rstd)
+        dtotal = through_norm if dtotal is None or residual_dtype is None else dtotal + through_norm
+        dbias = dbias.to(bias_dtype)
+    dx = None if dtotal is None else dtotal.to(x_dtype)
+    dresidual = None if dtotal is None or residual_dtype is None else dtotal.to(residual_dtype)
+    return dx, dresidual, dweight, dbias, None, None
+
+
+_library.differentiate(_layer_norm, _setup, _backward)

@@ -1,0 +1,268 @@
+"""The feed-forward block with one expert per modality: fc1, GELU, sub-LayerNorm, fc2, residual."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..backend import current_backend
+from . import _library
+from ._library import (
+    check_offsets,
+    check_parameter,
+    check_residual,
+    check_row_index,
+    check_rows,
+    check_same_dtype,
+    empty,
+    wide,
+)
+from .layer_norm import _layer_norm, _layer_norm_backward, layer_norm_reference
+from .multiway_linear import gelu, gelu_backward, linear_backward, linear_forward, multiway_linear_reference
+
+
+def multiway_ffn(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    expert_offsets: Tensor,
+    *,
+    residual: Tensor | None = None,
+    row_index: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """``residual + fc2(LayerNorm(gelu(fc1(x))))`` with the parameters of the row's expert.
+
+    The LayerNorm over the hidden width is the sub-LN of Magneto (arXiv 2210.06423), torchscale
+    ``feedforward_network.py``.
+
+    Args:
+        x: (N, D) rows; fp32, bf16, fp16 or fp64.
+        fc1_weight, fc1_bias: (E, F, D) and (E, F) in x's dtype (or under autocast).
+        norm_weight, norm_bias: (E, F), any floating dtype; both None = no sub-LN.
+        fc2_weight, fc2_bias: (E, D, F) and (E, D) in x's dtype (or under autocast).
+        expert_offsets: int32 (E + 1,); position r belongs to expert e iff ``offsets[e] <= r < offsets[e + 1]``.
+            Positions at or past the last offset are padding: their output is unspecified.
+        residual: (N, D), any floating dtype; the sum is in the promoted dtype.
+        row_index: int32/int64 (N,), a permutation: position r stands for row ``row_index[r]`` of x, residual and output.
+        eps: of the LayerNorm.
+
+    Returns:
+        (N, D) rows, in the same order as x.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, named in the message.
+    """
+    check_rows(x)
+    num_experts, hidden = fc1_weight.shape[:2] if fc1_weight.ndim == 3 else (0, 0)
+    width = x.shape[1]
+    check_parameter("fc1_weight", fc1_weight, (None, None, width), x)
+    check_parameter("fc1_bias", fc1_bias, (num_experts, hidden), x)
+    if (norm_weight is None) != (norm_bias is None):
+        raise ValueError("norm_weight and norm_bias must both be given or both be None")
+    if norm_weight is not None and norm_bias is not None:
+        check_parameter("norm_weight", norm_weight, (num_experts, hidden), x)
+        check_parameter("norm_bias", norm_bias, (num_experts, hidden), x)
+    check_parameter("fc2_weight", fc2_weight, (num_experts, width, hidden), x)
+    check_parameter("fc2_bias", fc2_bias, (num_experts, width), x)
+    check_same_dtype(x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
+    check_offsets(expert_offsets, num_experts, x)
+    check_residual(residual, (x.shape[0], width), x)
+    check_row_index(row_index, x)
+    parameters = (fc1_weight, fc1_bias, norm_weight, norm_bias, fc2_weight, fc2_bias)
+    if current_backend() == "reference":
+        return multiway_ffn_reference(x, *parameters, expert_offsets, residual=residual, row_index=row_index, eps=eps)
+    save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
+    return _multiway_ffn(x, *parameters, expert_offsets, residual, row_index, eps, save)[0]
+
+
+def multiway_ffn_reference(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    expert_offsets: Tensor,
+    *,
+    residual: Tensor | None = None,
+    row_index: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """:func:`multiway_ffn` in plain PyTorch; padding rows are zeros (plus the residual)."""
+    rows = x if row_index is None else x[row_index.long()]
+    hidden = multiway_linear_reference(rows, fc1_weight, fc1_bias, expert_offsets, activation="gelu")
+    if norm_weight is not None and norm_bias is not None:
+        hidden = layer_norm_reference(hidden, norm_weight, norm_bias, expert_offsets, eps=eps)
+    out = multiway_linear_reference(hidden, fc2_weight, fc2_bias, expert_offsets)
+    if row_index is not None:
+        out = torch.zeros_like(out).index_copy(0, row_index.long(), out)
+    return out if residual is None else residual + out
+
+
+def _forward(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    expert_offsets: Tensor,
+    residual: Tensor | None,
+    row_index: Tensor | None,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    rows = x if row_index is None else x.index_select(0, row_index)
+    pre = linear_forward(rows, fc1_weight, fc1_bias, expert_offsets)
+    hidden = gelu(pre)
+    mean = rstd = x.new_empty(0, dtype=wide(x.dtype))
+    if norm_weight is not None and norm_bias is not None:
+        hidden, _, mean, rstd = _layer_norm(hidden, None, norm_weight, norm_bias, expert_offsets, eps)
+    out = linear_forward(hidden, fc2_weight, fc2_bias, expert_offsets)
+    if row_index is not None:
+        out = torch.empty_like(out).index_copy_(0, row_index.long(), out)
+    if residual is not None:
+        out = residual + out
+    if not save:
+        return out, empty(x), mean.new_empty(0), rstd.new_empty(0)
+    return out, pre, mean, rstd if rstd is not mean else mean.clone()
+
+
+def _fake(
+    x: Tensor,
+    fc1_weight: Tensor,
+    fc1_bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc2_weight: Tensor,
+    fc2_bias: Tensor,
+    expert_offsets: Tensor,
+    residual: Tensor | None,
+    row_index: Tensor | None,
+    eps: float,
+    save: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    pre = x.new_empty((x.shape[0], fc1_weight.shape[1]) if save else 0)
+    stats = x.new_empty(x.shape[0] if save and norm_weight is not None else 0, dtype=wide(x.dtype))
+    return x.new_empty(x.shape, dtype=dtype), pre, stats, torch.empty_like(stats)
+
+
+def _backward_forward(
+    dy: Tensor,
+    x: Tensor,
+    fc1_weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc2_weight: Tensor,
+    expert_offsets: Tensor,
+    row_index: Tensor | None,
+    pre: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    needs_x: bool,
+    needs_parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    if row_index is not None:
+        dy, x = dy.index_select(0, row_index), x.index_select(0, row_index)
+    # Only the pre-activation was saved: the hidden rows are elementwise work to recompute, and twice the memory to keep.
+    activated = gelu(pre)
+    hidden = activated
+    dnorm_weight, dnorm_bias = empty(x), empty(x)
+    if norm_weight is not None and norm_bias is not None:
+        hidden = _layer_norm(activated, None, norm_weight, norm_bias, expert_offsets, eps)[0]
+    dhidden, dfc2_weight, dfc2_bias = linear_backward(dy, hidden, fc2_weight, expert_offsets, True, needs_parameters)
+    if norm_weight is not None:
+        dhidden, dnorm_weight, dnorm_bias = _layer_norm_backward(
+            dhidden, activated, norm_weight, expert_offsets, mean, rstd
+        )
+    dx, dfc1_weight, dfc1_bias = linear_backward(
+        gelu_backward(dhidden, pre), x, fc1_weight, expert_offsets, needs_x, needs_parameters
+    )
+    if row_index is not None and needs_x:
+        dx = torch.empty_like(dx).index_copy_(0, row_index.long(), dx)
+    return dx, dfc1_weight, dfc1_bias, dnorm_weight, dnorm_bias, dfc2_weight, dfc2_bias
+
+
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    fc1_weight: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc2_weight: Tensor,
+    expert_offsets: Tensor,
+    row_index: Tensor | None,
+    pre: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    eps: float,
+    needs_x: bool,
+    needs_parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    def parameter(shape: torch.Size) -> Tensor:
+        return x.new_empty(shape if needs_parameters else 0)
+
+    def norm_parameter() -> Tensor:
+        return x.new_empty(0) if norm_weight is None else torch.empty_like(norm_weight)
+
+    return (
+        x.new_empty(x.shape if needs_x else 0),
+        parameter(fc1_weight.shape),
+        parameter(fc1_weight.shape[:2]),
+        norm_parameter(),
+        norm_parameter(),
+        parameter(fc2_weight.shape),
+        parameter(fc2_weight.shape[:2]),
+    )
+
+
+_multiway_ffn = _library.define(
+    "multiway_ffn(Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor? norm_weight, Tensor? norm_bias,"
+    " Tensor fc2_weight, Tensor fc2_bias, Tensor expert_offsets, Tensor? residual, Tensor? row_index, float eps,"
+    " bool save) -> (Tensor out, Tensor pre_activation, Tensor mean, Tensor rstd)",
+    _forward,
+    _fake,
+)
+_multiway_ffn_backward = _library.define(
+    "multiway_ffn_backward(Tensor dy, Tensor x, Tensor fc1_weight, Tensor? norm_weight, Tensor? norm_bias,"
+    " Tensor fc2_weight, Tensor expert_offsets, Tensor? row_index, Tensor pre_activation, Tensor mean, Tensor rstd,"
+    " float eps, bool needs_x, bool needs_parameters) -> (Tensor dx, Tensor dfc1_weight, Tensor dfc1_bias,"
+    " Tensor dnorm_weight, Tensor dnorm_bias, Tensor dfc2_weight, Tensor dfc2_bias)",
+    _backward_forward,
+    _backward_fake,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, fc1_weight, _, norm_weight, norm_bias, fc2_weight, _, expert_offsets, residual, row_index, eps, _ = inputs
+    _, pre, mean, rstd = output
+    ctx.save_for_backward(x, fc1_weight, norm_weight, norm_bias, fc2_weight, expert_offsets, row_index, pre, mean, rstd)
+    ctx.eps, ctx.residual_dtype = eps, None if residual is None else residual.dtype
+
+
+def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 12
+    saved = ctx.saved_tensors
+    needs_x, needs_parameters = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:7])
+    grads: tuple[Tensor | None, ...] = (None,) * 7
+    if needs_x or needs_parameters:
+        computed = _multiway_ffn_backward(dy.to(saved[0].dtype), *saved, ctx.eps, needs_x, needs_parameters)
+        grads = tuple(grad if need else None for grad, need in zip(computed, ctx.needs_input_grad[:7], strict=True))
+    dresidual = None if ctx.residual_dtype is None else dy.to(ctx.residual_dtype)
+    return (*grads, None, dresidual, None, None, None)
+
+
+_library.differentiate(_multiway_ffn, _setup, _backward)
+_library.autocast(_multiway_ffn, ("x", "fc1_weight", "fc1_bias", "fc2_weight", "fc2_bias"))

@@ -1,0 +1,259 @@
+"""A linear layer with one weight per expert, with fused bias, GELU and residual, over rows in expert order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..backend import current_backend
+from . import _library
+from ._library import (
+    check_offsets,
+    check_parameter,
+    check_residual,
+    check_row_index,
+    check_rows,
+    check_same_dtype,
+    empty,
+    segments,
+    wide,
+)
+
+
+def multiway_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    expert_offsets: Tensor,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    row_index: Tensor | None = None,
+) -> Tensor:
+    """``residual + activation(x @ weight[e].T + bias[e])``, e the expert of the row.
+
+    Args:
+        x: (N, I) rows; fp32, bf16, fp16 or fp64.
+        weight: (E, O, I) in x's dtype (or under autocast).
+        bias: (E, O) or None.
+        expert_offsets: int32 (E + 1,); position r belongs to expert e iff ``offsets[e] <= r < offsets[e + 1]``.
+            Positions at or past the last offset are padding: their output is unspecified.
+        activation: None or "gelu", the exact erf GELU computed in fp32 as in the public code
+            (torchscale ``feedforward_network.py``).
+        residual: (N, O), any floating dtype; the sum is in the promoted dtype.
+        row_index: int32/int64 (N,), a permutation: position r stands for row ``row_index[r]`` of x, of residual and of the
+            output, so that tokens in any order reach their expert without being moved. None = rows are in expert order.
+
+    Returns:
+        (N, O) rows, in the same order as x.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, shape, dtype or device, named in the message.
+    """
+    check_rows(x)
+    num_experts, width = weight.shape[:2] if weight.ndim == 3 else (0, 0)
+    check_parameter("weight", weight, (None, None, x.shape[1]), x)
+    if bias is not None:
+        check_parameter("bias", bias, (num_experts, width), x)
+    check_same_dtype(x, weight=weight, bias=bias)
+    check_offsets(expert_offsets, num_experts, x)
+    check_residual(residual, (x.shape[0], width), x)
+    check_row_index(row_index, x)
+    if activation not in (None, "gelu"):
+        raise ValueError(f"activation must be None or 'gelu', got {activation!r}")
+    if current_backend() == "reference":
+        return multiway_linear_reference(
+            x, weight, bias, expert_offsets, activation=activation, residual=residual, row_index=row_index
+        )
+    save = (
+        activation is not None
+        and torch.is_grad_enabled()
+        and any(t is not None and t.requires_grad for t in (x, weight, bias))
+    )
+    out, _ = _multiway_linear(x, weight, bias, expert_offsets, activation == "gelu", residual, row_index, save)
+    return out
+
+
+def multiway_linear_reference(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    expert_offsets: Tensor,
+    *,
+    activation: str | None = None,
+    residual: Tensor | None = None,
+    row_index: Tensor | None = None,
+) -> Tensor:
+    """:func:`multiway_linear` in plain PyTorch: one ``F.linear`` per expert, padding rows are zeros."""
+    rows = x if row_index is None else x[row_index.long()]
+    pieces = [
+        F.linear(rows[where], weight[expert], None if bias is None else bias[expert])
+        for expert, where in segments(expert_offsets, x.shape[0])
+    ]
+    used = sum(piece.shape[0] for piece in pieces)
+    out = torch.cat([*pieces, x.new_zeros(x.shape[0] - used, weight.shape[1])])
+    if activation == "gelu":
+        out = gelu(out)
+    if row_index is not None:
+        out = torch.zeros_like(out).index_copy(0, row_index.long(), out)
+    return out if residual is None else residual + out
+
+
+def gelu(x: Tensor) -> Tensor:
+    """Exact erf GELU, computed in fp32 (fp64 for fp64 input), in x's dtype."""
+    return F.gelu(x.to(wide(x.dtype))).to(x.dtype)
+
+
+def gelu_backward(dy: Tensor, x: Tensor) -> Tensor:
+    """Gradient of :func:`gelu` at x, in x's dtype."""
+    return torch.ops.aten.gelu_backward(dy.to(wide(x.dtype)), x.to(wide(x.dtype))).to(x.dtype)
+
+
+def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, expert_offsets: Tensor) -> Tensor:
+    """(N, O) ``x @ weight[e].T + bias[e]``; padding rows are zeros. Not differentiable: for op implementations."""
+    out = x.new_empty(x.shape[0], weight.shape[1])
+    end = 0
+    for expert, rows in segments(expert_offsets, x.shape[0]):
+        # written in place: concatenating the experts' outputs would be one more pass over memory
+        if bias is None:
+            torch.mm(x[rows], weight[expert].t(), out=out[rows])
+        else:
+            torch.addmm(bias[expert], x[rows], weight[expert].t(), out=out[rows])
+        end = rows.stop
+    out[end:].zero_()
+    return out
+
+
+def linear_backward(
+    dy: Tensor, x: Tensor, weight: Tensor, expert_offsets: Tensor, needs_x: bool, needs_parameters: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dx, dweight, dbias) of :func:`linear_forward`; a (0,) tensor for what is not needed.
+    A missing expert's gradients are zeros."""
+    dx = torch.zeros_like(x, memory_format=torch.contiguous_format) if needs_x else empty(x)
+    dweight = torch.zeros_like(weight, memory_format=torch.contiguous_format) if needs_parameters else empty(weight)
+    dbias = weight.new_zeros(weight.shape[:2]) if needs_parameters else empty(weight)
+    for expert, rows in segments(expert_offsets, x.shape[0]):
+        if needs_x:
+            torch.mm(dy[rows], weight[expert], out=dx[rows])
+        if needs_parameters:
+            torch.mm(dy[rows].t(), x[rows], out=dweight[expert])
+            torch.sum(dy[rows], 0, out=dbias[expert])
+    return dx, dweight, dbias
+
+
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    expert_offsets: Tensor,
+    use_gelu: bool,
+    residual: Tensor | None,
+    row_index: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    pre = linear_forward(x if row_index is None else x.index_select(0, row_index), weight, bias, expert_offsets)
+    out = gelu(pre) if use_gelu else pre
+    if row_index is not None:
+        out = torch.empty_like(out).index_copy_(0, row_index.long(), out)
+    if residual is not None:
+        out = residual + out
+    return out, pre if save and use_gelu else empty(x)
+
+
+def _fake(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    expert_offsets: Tensor,
+    use_gelu: bool,
+    residual: Tensor | None,
+    row_index: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    shape = (x.shape[0], weight.shape[1])
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    return x.new_empty(shape, dtype=dtype), x.new_empty(shape) if save and use_gelu else x.new_empty(0)
+
+
+def _backward_forward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    pre: Tensor | None,
+    row_index: Tensor | None,
+    needs_x: bool,
+    needs_parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    if row_index is not None:
+        dy, x = dy.index_select(0, row_index), x.index_select(0, row_index)
+    dpre = dy if pre is None else gelu_backward(dy, pre)
+    dx, dweight, dbias = linear_backward(dpre, x, weight, expert_offsets, needs_x, needs_parameters)
+    if row_index is not None and needs_x:
+        dx = torch.empty_like(dx).index_copy_(0, row_index.long(), dx)
+    return dx, dweight, dbias
+
+
+def _backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    pre: Tensor | None,
+    row_index: Tensor | None,
+    needs_x: bool,
+    needs_parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx = x.new_empty(x.shape if needs_x else 0)
+    dweight = weight.new_empty(weight.shape if needs_parameters else 0)
+    return dx, dweight, weight.new_empty(weight.shape[:2] if needs_parameters else 0)
+
+
+_multiway_linear = _library.define(
+    "multiway_linear(Tensor x, Tensor weight, Tensor? bias, Tensor expert_offsets, bool gelu, Tensor? residual,"
+    " Tensor? row_index, bool save) -> (Tensor out, Tensor pre_activation)",
+    _forward,
+    _fake,
+)
+_multiway_linear_backward = _library.define(
+    "multiway_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor expert_offsets, Tensor? pre_activation,"
+    " Tensor? row_index, bool needs_x, bool needs_parameters) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    _backward_forward,
+    _backward_fake,
+)
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, weight, _, expert_offsets, use_gelu, residual, row_index, _ = inputs
+    ctx.save_for_backward(x, weight, expert_offsets, output[1] if use_gelu else None, row_index)
+    ctx.residual_dtype = None if residual is None else residual.dtype
+
+
+def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
+    if dy is None:
+        return (None,) * 8
+    x, weight, expert_offsets, pre, row_index = ctx.saved_tensors
+    needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+    dx = dweight = dbias = None
+    if needs_x or needs_weight or needs_bias:
+        dx, dweight, dbias = _multiway_linear_backward(
+            dy.to(x.dtype), x, weight, expert_offsets, pre, row_index, needs_x, needs_weight or needs_bias
+        )
+    dresidual = None if ctx.residual_dtype is None else dy.to(ctx.residual_dtype)
+    return (
+        dx if needs_x else None,
+        dweight if needs_weight else None,
+        dbias if needs_bias else None,
+        None,
+        None,
+        dresidual,
+        None,
+        None,
+    )
+
+
+_library.differentiate(_multiway_linear, _setup, _backward)
+_library.autocast(_multiway_linear, ("x", "weight", "bias"))
