@@ -156,28 +156,7 @@ class TokenLayout:
                 None if dense else valid.flatten().nonzero().flatten(),
                 torch.device(device or "cpu"),
             )
-        if device is not None:
-            valid = valid.to(device)
-        vision_rows = batch_size * vision_tokens
-        text_len = valid.sum(1)
-        text_end = vision_rows + text_len.cumsum(0)
-        zero = text_end.new_zeros(1)
-        vision_len = torch.full_like(text_len, vision_tokens)
-        vision_start = torch.arange(batch_size, device=valid.device) * vision_tokens
-        return TokenLayout(
-            batch_size=batch_size,
-            num_rows=vision_rows + batch_size * text_width,
-            num_vision_rows=vision_rows,
-            vision_width=vision_tokens,
-            text_width=text_width,
-            expert_offsets=torch.cat([zero, zero + vision_rows, text_end[-1:]]).int(),
-            segments=torch.stack([vision_start, vision_len, text_end - text_len, text_len], dim=1).int(),
-            vision_lengths=(vision_tokens,) * batch_size,
-            text_lengths=None,
-            vision_source=None,
-            # A stable sort moves the valid columns to the front in their order, with a size the host knows.
-            text_source=torch.sort(valid.flatten().logical_not(), stable=True).indices,
-        )
+        return _device_layout(valid if device is None else valid.to(device), vision_tokens)
 
     @property
     def device(self) -> torch.device:
@@ -338,4 +317,30 @@ def _host_layout(
         text_lengths=tuple(text),
         vision_source=None if vision_source is None else _to_device(vision_source, device),
         text_source=None if text_source is None else _to_device(text_source, device),
+    )
+
+
+def _device_layout(valid: Tensor, vision_tokens: int) -> TokenLayout:
+    """Of a (B, T) mask whose values only the device knows: every size is one the host knows without asking."""
+    batch_size, text_width = valid.shape
+    vision_rows = batch_size * vision_tokens
+    text_len = valid.sum(1)
+    text_end = vision_rows + text_len.cumsum(0)
+    zero = text_end.new_zeros(1)
+    vision_start = torch.arange(batch_size, device=valid.device) * vision_tokens
+    return TokenLayout(
+        batch_size=batch_size,
+        num_rows=vision_rows + batch_size * text_width,
+        num_vision_rows=vision_rows,
+        vision_width=vision_tokens,
+        text_width=text_width,
+        expert_offsets=torch.cat([zero, zero + vision_rows, text_end[-1:]]).int(),
+        segments=torch.stack(
+            [vision_start, torch.full_like(text_len, vision_tokens), text_end - text_len, text_len], dim=1
+        ).int(),
+        vision_lengths=(vision_tokens,) * batch_size,
+        text_lengths=None,
+        vision_source=None,
+        # A stable sort moves the valid columns to the front in their order.
+        text_source=torch.sort(valid.flatten().logical_not(), stable=True).indices,
     )

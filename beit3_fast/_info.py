@@ -1,0 +1,48 @@
+"""What this machine has, and what serves each op on it."""
+
+from __future__ import annotations
+
+import os
+import platform
+from importlib import metadata
+
+import torch
+
+from . import _extension
+from ._version import __version__
+
+_OPS = ("layer_norm", "multiway_linear", "multiway_ffn", "attention", "route_tokens")
+
+
+def _served_by(op: str, device: str) -> str:
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"beit3_fast::{op}", device.upper()):
+        return "compiled"
+    return "plain PyTorch"
+
+
+def _package(name: str) -> str:
+    try:
+        return metadata.version(name)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _gpu() -> str:
+    if torch.version.cuda is None and torch.version.hip is None:
+        return "none: this PyTorch is a CPU build"
+    if not torch.cuda.is_available():
+        return "none found"
+    return ", ".join(torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count()))
+
+
+def info() -> None:
+    """Print versions, devices, and per op and device what serves it; for what is unavailable, why."""
+    print(f"beit3_fast {__version__} from {os.path.dirname(__file__)}")
+    print(f"  python {platform.python_version()}, torch {torch.__version__}, triton {_package('triton')}")
+    print(f"  CPU {platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {torch.get_num_threads()} threads")
+    print(f"  GPU {_gpu()}")
+    for part, record in _extension.status().items():
+        print(f"  compiled {part} library: {'loaded' if record.loaded else 'not loaded'}: {record.reason}")
+    print(f"  {'op':<16} {'on CPU':<15} on GPU")
+    for op in _OPS:
+        print(f"  {op:<16} {_served_by(op, 'cpu'):<15} {_served_by(op, 'cuda')}")
