@@ -7,6 +7,7 @@
 from . import _extension, ops  # noqa: F401  (importing them registers the ops and their compiled kernels)
 from ._info import info
 from ._version import __version__
+from .accelerate import accelerate
 from .backend import use_backend
 from .checkpoint import CheckpointError, load_checkpoint, load_model, save_checkpoint
 from .layout import TokenLayout
@@ -18,6 +19,7 @@ __all__ = [
     "EncoderConfig",
     "TokenLayout",
     "__version__",
+    "accelerate",
     "create_model",
     "info",
     "list_models",

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -124,8 +123,8 @@ class TokenLayout:
         """Layout of ``vision_tokens`` vision tokens per sample and the text tokens that a padding mask leaves.
 
         Any pattern of padding is handled: valid tokens keep their order and their column. A mask on the CPU is read there
-        and gives exact sizes. A mask on a GPU is never waited for: offsets stay on the device and the buffer has room
-        for every column.
+        and gives exact sizes. A mask on a GPU (or inside torch.compile) is never waited for: offsets stay on the device
+        and the buffer has room for every column.
 
         Args:
             text_padding: (B, T) bool or integer, 1/True = padding (the public code's polarity).
@@ -145,7 +144,7 @@ class TokenLayout:
             )
         batch_size, text_width = text_padding.shape
         valid = text_padding == 0
-        if valid.device.type == "cpu":
+        if valid.device.type == "cpu" and not torch.compiler.is_compiling():
             dense = bool(valid.all())
             return _host_layout(
                 [vision_tokens] * batch_size,
@@ -187,25 +186,20 @@ class TokenLayout:
     def text_len(self) -> Tensor:
         return self.segments[:, 3]
 
-    @cached_property
+    @property
     def shared_offsets(self) -> Tensor:
         """int32 (2,) ``[0, N]``: one expert serves every token."""
-        return self.expert_offsets[[0, 2]] if self.text_lengths is None else self._host_offsets(0, self.num_rows)
+        return self.expert_offsets[::2].contiguous()
 
-    @cached_property
+    @property
     def fused_offsets(self) -> Tensor:
         """int32 (4,) for three experts (vision, language, vision-language): an image-text batch goes to the third as a
         whole, a batch of one modality stays with its own expert (BEiT-3 paper, section 2.1)."""
         if self.vision_width and self.text_width:
-            if self.text_lengths is None:
-                return self.expert_offsets[[0, 0, 0, 2]]
-            return self._host_offsets(0, 0, 0, self.num_rows)
+            return torch.cat([self.expert_offsets[:1].expand(3), self.expert_offsets[2:]])
         return torch.cat([self.expert_offsets, self.expert_offsets[-1:]])
 
-    def _host_offsets(self, *offsets: int) -> Tensor:
-        return _to_device(torch.tensor(offsets, dtype=torch.int32), self.device)
-
-    @cached_property
+    @property
     def row_sample(self) -> Tensor:
         """int64 (num_rows,): the sample that each row belongs to."""
         return torch.cat(
@@ -215,7 +209,7 @@ class TokenLayout:
             ]
         )
 
-    @cached_property
+    @property
     def text_column(self) -> Tensor:
         """int64 (num_text_rows,): the column of each text row in the padded (B, text_width) form."""
         return self._source(self.text_source, self.text_width) % max(self.text_width, 1)
@@ -286,9 +280,8 @@ class TokenLayout:
 def _right_padded_source(lengths: list[int], width: int) -> Tensor | None:
     if all(length == width for length in lengths):
         return None
-    column = torch.arange(width)
-    valid = column < torch.tensor(lengths).unsqueeze(1)  # [B, width]
-    return valid.flatten().nonzero().flatten()
+    # a range per sample rather than nonzero() of a mask: torch.compile then knows the size
+    return torch.cat([torch.arange(i * width, i * width + length) for i, length in enumerate(lengths)])
 
 
 def _host_layout(

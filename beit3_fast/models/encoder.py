@@ -65,9 +65,14 @@ class EncoderLayer(nn.Module):
         translate(self, _layer_pieces(attention_experts, ffn_experts))
 
     def forward(
-        self, x: Tensor, layout: TokenLayout, mask: str | Tensor = "full", store: KeyValueStore | None = None
+        self,
+        x: Tensor,
+        layout: TokenLayout,
+        mask: str | Tensor = "full",
+        store: KeyValueStore | None = None,
+        row_sample: Tensor | None = None,
     ) -> Tensor:
-        """(N, D) rows -> (N, D) rows."""
+        """(N, D) rows -> (N, D) rows; row_sample (N,), each row's sample, where paths are to be dropped."""
         offsets = layout.shared_offsets if self.shared_attention else layout.expert_offsets
         attention = self.self_attn
         qkv = attention.project(self.self_attn_layer_norm(x, offsets), offsets)
@@ -75,14 +80,23 @@ class EncoderLayer(nn.Module):
             heads = ops.attention(qkv, layout, attention.num_heads, mask=mask)
         else:
             heads = store.attend(self.depth, qkv)
-        x = self._add(x, attention.inner_attn_ln(heads, offsets), attention.out_proj, offsets, layout)
+        normed = attention.inner_attn_ln(heads, offsets)
+        x = self._add(x, normed, attention.out_proj, offsets, layout.batch_size, row_sample)
         offsets = layout.fused_offsets if self.fused_ffn else layout.expert_offsets
-        return self._add(x, self.final_layer_norm(x, offsets), self.ffn, offsets, layout)
+        return self._add(x, self.final_layer_norm(x, offsets), self.ffn, offsets, layout.batch_size, row_sample)
 
-    def _add(self, x: Tensor, normed: Tensor, branch: nn.Module, offsets: Tensor, layout: TokenLayout) -> Tensor:
-        if self.drop_path is None or not self.training:
+    def _add(
+        self,
+        x: Tensor,
+        normed: Tensor,
+        branch: nn.Module,
+        offsets: Tensor,
+        batch_size: int,
+        row_sample: Tensor | None,
+    ) -> Tensor:
+        if self.drop_path is None or row_sample is None:
             return branch(normed, offsets, residual=x)
-        return x + self.drop_path(branch(normed, offsets), layout)
+        return x + self.drop_path(branch(normed, offsets), batch_size, row_sample)
 
 
 def _layer_pieces(attention_experts: int, ffn_experts: int) -> list[Piece]:
@@ -127,6 +141,7 @@ class Encoder(nn.Module):
         self.embed_positions = PositionEmbedding(vision_tokens, config.max_source_positions, config.encoder_embed_dim)
         self.layers = nn.ModuleList(EncoderLayer(config, depth) for depth in range(config.encoder_layers))
         self.num_layers = config.encoder_layers
+        self.drop_path_rate = config.drop_path_rate
         self.checkpoint_activations = bool(config.checkpoint_activations)
         self.layer_norm = (
             MultiwayLayerNorm(2, config.encoder_embed_dim, config.layernorm_eps) if config.normalize_output else None
@@ -158,9 +173,10 @@ class Encoder(nn.Module):
         self, x: Tensor, layout: TokenLayout, mask: str | Tensor = "full", store: KeyValueStore | None = None
     ) -> Tensor:
         """(N, D) embedded rows -> (N, D) rows."""
+        row_sample = layout.row_sample if self.training and self.drop_path_rate > 0 else None
         for layer in self.layers:
             if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, layout, mask, store, use_reentrant=False)
+                x = checkpoint(layer, x, layout, mask, store, row_sample, use_reentrant=False)
             else:
-                x = layer(x, layout, mask, store)
+                x = layer(x, layout, mask, store, row_sample)
         return x if self.layer_norm is None else self.layer_norm(x, layout.expert_offsets)

@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
-from ..layout import TokenLayout
 
 
 class MultiwayLinear(nn.Module):
@@ -86,10 +85,11 @@ class DropPath(nn.Module):
         super().__init__()
         self.drop_prob = drop_prob
 
-    def forward(self, rows: Tensor, layout: TokenLayout) -> Tensor:
+    def forward(self, rows: Tensor, batch_size: int, row_sample: Tensor) -> Tensor:
+        """(N, D) rows; row_sample (N,) is the sample of each."""
         keep = 1 - self.drop_prob
-        scale = rows.new_empty(layout.batch_size, 1).bernoulli_(keep).div_(keep)
-        return rows * scale.index_select(0, layout.row_sample)
+        scale = rows.new_empty(batch_size, 1).bernoulli_(keep).div_(keep)
+        return rows * scale.index_select(0, row_sample)
 
     def extra_repr(self) -> str:
         return f"p={self.drop_prob}"
