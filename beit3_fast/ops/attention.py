@@ -135,8 +135,9 @@ def _forward(
     qkv: Tensor, layout_segments: Tensor, forbidden: Tensor | None, mask: str, scale: float, max_length: int, save: bool
 ) -> tuple[Tensor, Tensor]:
     num_rows, _, num_heads, head_dim = qkv.shape
-    out = qkv.new_zeros(num_rows, num_heads, head_dim)
+    out = qkv.new_empty(num_rows, num_heads, head_dim)
     lse = qkv.new_zeros((num_heads, num_rows) if save else 0, dtype=wide(qkv.dtype))
+    used = 0
     for rows, vision_len in _samples(layout_segments):
         hidden = _forbidden(mask, forbidden, vision_len, rows)
         sample = qkv[rows]  # [S, 3, H, d]
@@ -150,6 +151,8 @@ def _forward(
             q, k, v = sample.permute(1, 2, 0, 3).unsqueeze(1)  # each [1, H, S, d]
             allowed = None if hidden is None else hidden.logical_not()
             out[rows] = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)[0].transpose(0, 1)
+        used += rows.shape[0]
+    out[used:] = 0  # samples fill the rows without a gap
     return out.flatten(1), lse
 
 

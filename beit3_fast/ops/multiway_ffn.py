@@ -20,7 +20,7 @@ from ._library import (
     wide,
 )
 from .layer_norm import _layer_norm, _layer_norm_backward, layer_norm_reference
-from .multiway_linear import gelu, gelu_backward, linear_backward, linear_forward, multiway_linear_reference
+from .multiway_linear import activate, gelu, gelu_backward, linear_backward, linear_forward, multiway_linear_reference
 
 
 def multiway_ffn(
@@ -123,7 +123,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     rows = x if row_index is None else x.index_select(0, row_index)
     pre = linear_forward(rows, fc1_weight, fc1_bias, expert_offsets)
-    hidden = gelu(pre)
+    hidden = activate(pre, in_place=not save)
     mean = rstd = x.new_empty(0, dtype=wide(x.dtype))
     if norm_weight is not None and norm_bias is not None:
         hidden, _, mean, rstd = _layer_norm(hidden, None, norm_weight, norm_bias, expert_offsets, eps)

@@ -107,6 +107,11 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x.to(wide(x.dtype))).to(x.dtype)
 
 
+def activate(pre: Tensor, *, in_place: bool) -> Tensor:
+    """:func:`gelu`, over the pre-activation where nobody needs it: the widest buffer of a layer need not exist twice."""
+    return torch.ops.aten.gelu_(pre) if in_place and pre.dtype == wide(pre.dtype) else gelu(pre)
+
+
 def gelu_backward(dy: Tensor, x: Tensor) -> Tensor:
     """Gradient of :func:`gelu` at x, in x's dtype."""
     return torch.ops.aten.gelu_backward(dy.to(wide(x.dtype)), x.to(wide(x.dtype))).to(x.dtype)
@@ -155,7 +160,7 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     pre = linear_forward(x if row_index is None else x.index_select(0, row_index), weight, bias, expert_offsets)
-    out = gelu(pre) if use_gelu else pre
+    out = activate(pre, in_place=not save) if use_gelu else pre
     if row_index is not None:
         out = torch.empty_like(out).index_copy_(0, row_index.long(), out)
     if residual is not None:
