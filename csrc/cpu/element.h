@@ -1,0 +1,32 @@
+// The element types of tensors as the kernels see them. Kernel headers know nothing of torch: a bfloat16 or float16 is
+// its bits.
+#pragma once
+
+#include <cstdint>
+
+namespace beit3_fast {
+
+struct bfloat16 {
+  uint16_t bits;
+};
+
+struct float16 {
+  uint16_t bits;
+};
+
+// An operand that is absent.
+struct none {};
+
+// The type that T is computed in.
+template <class T>
+struct accumulate {
+  using type = float;
+};
+template <>
+struct accumulate<double> {
+  using type = double;
+};
+template <class T>
+using accumulate_t = typename accumulate<T>::type;
+
+}  // namespace beit3_fast

@@ -1,0 +1,65 @@
+// Includes simd.h and BEIT3_KERNEL once for each instruction set; see isa.h. Neither may include anything itself: a
+// standard header first seen here would be compiled for AVX-512 and then shared with the baseline.
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+#if defined(__x86_64__)
+#include <immintrin.h>
+#endif
+
+#include "element.h"
+#include "isa.h"
+
+#define BEIT3_INLINE inline __attribute__((always_inline))
+
+#define BEIT3_VECTOR_BYTES 16  // x86-64: SSE2; aarch64: NEON
+namespace beit3_fast::baseline {
+#include "simd.h"
+#include BEIT3_KERNEL
+}  // namespace beit3_fast::baseline
+#undef BEIT3_VECTOR_BYTES
+
+#if defined(__x86_64__)
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c")
+#endif
+#define BEIT3_VECTOR_BYTES 32
+namespace beit3_fast::avx2 {
+#include "simd.h"
+#include BEIT3_KERNEL
+}  // namespace beit3_fast::avx2
+#undef BEIT3_VECTOR_BYTES
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#if defined(__clang__)
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl"))), \
+                             apply_to = function)
+#else
+#pragma GCC push_options
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl")
+#endif
+#define BEIT3_VECTOR_BYTES 64
+namespace beit3_fast::avx512 {
+#include "simd.h"
+#include BEIT3_KERNEL
+}  // namespace beit3_fast::avx512
+#undef BEIT3_VECTOR_BYTES
+#if defined(__clang__)
+#pragma clang attribute pop
+#else
+#pragma GCC pop_options
+#endif
+
+#endif  // __x86_64__
+
+#undef BEIT3_INLINE
+#undef BEIT3_KERNEL

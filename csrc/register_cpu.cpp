@@ -1,0 +1,7 @@
+// All that serves the ops of beit3_fast on the CPU. The schemas are defined in Python (beit3_fast/ops): a library that
+// is missing takes nothing but speed away.
+#include <torch/csrc/stable/library.h>
+
+#include "cpu/ops.h"
+
+STABLE_TORCH_LIBRARY_IMPL(beit3_fast, CPU, m) { m.impl("layer_norm", TORCH_BOX(&beit3_fast::cpu::layer_norm)); }
