@@ -192,8 +192,8 @@ def load_model(
         num_classes: of a new head.
         dtype: of the parameters; fp32 by default, whatever the file has.
         device: of the model; the CPU by default.
-        **overrides: further fields of :class:`EncoderConfig`, e.g. ``drop_path_rate`` or ``encoder_attention_heads`` for
-            a model whose heads are not 64 wide.
+        **overrides: further fields of :class:`EncoderConfig`, e.g. ``drop_path_rate``, or ``encoder_attention_heads``
+            for a model whose heads are not 64 wide.
 
     Raises:
         FileNotFoundError: no such file.

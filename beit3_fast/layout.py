@@ -30,8 +30,8 @@ def _lengths(name: str, lengths: Sequence[int] | Tensor, batch_size: int | None)
     if isinstance(lengths, Tensor):
         if lengths.device.type != "cpu":
             raise ValueError(
-                f"{name} must be known on the host (a sequence of ints or a CPU tensor), got a tensor on {lengths.device}; "
-                "a padding mask on the device goes to TokenLayout.from_padding"
+                f"{name} must be known on the host (a sequence of ints or a CPU tensor), got a tensor on "
+                f"{lengths.device}; a padding mask on the device goes to TokenLayout.from_padding"
             )
         lengths = lengths.tolist()
     values = [int(length) for length in lengths]
@@ -98,7 +98,8 @@ class TokenLayout:
             device: where the row tensors go. Nothing waits for the device.
 
         Raises:
-            ValueError: empty batch, negative lengths, unequal counts, a width below the longest length, lengths on a GPU.
+            ValueError: empty batch, negative lengths, unequal counts, a width below the longest length, lengths on a
+                GPU.
         """
         vision = _lengths("vision_lengths", vision_lengths, None)
         text = _lengths("text_lengths", text_lengths, len(vision))
@@ -122,9 +123,9 @@ class TokenLayout:
     ) -> TokenLayout:
         """Layout of ``vision_tokens`` vision tokens per sample and the text tokens that a padding mask leaves.
 
-        Any pattern of padding is handled: valid tokens keep their order and their column. A mask on the CPU is read there
-        and gives exact sizes. A mask on a GPU (or inside torch.compile) is never waited for: offsets stay on the device
-        and the buffer has room for every column.
+        Any pattern of padding is handled: valid tokens keep their order and their column. A mask on the CPU is read
+        there and gives exact sizes. A mask on a GPU (or inside torch.compile) is never waited for: offsets stay on the
+        device and the buffer has room for every column.
 
         Args:
             text_padding: (B, T) bool or integer, 1/True = padding (the public code's polarity).

@@ -90,7 +90,7 @@ class BEiT3(nn.Module):
             text_padding_position: (B, T), 1/True = padding.
             attn_mask: (S, S) over the image's and the text's columns, 1 = forbidden.
             vision_masked_position: (B, patches), 1 = replaced by the mask token.
-            incremental_state: {layer: {"prev_key", "prev_value": (B, H, S', d)}}, extended in place by this call's keys.
+            incremental_state: {layer: {"prev_key", "prev_value": (B, H, S', d)}}, extended in place by this call's.
             positions: (1 or B, T) rows of the text position table, for text alone; columns + 2 by default.
             text_lengths: valid tokens of each text, on the host (not in the public code).
 
@@ -222,7 +222,8 @@ class BEiT3(nn.Module):
             low, high = text.aminmax()
             if low < 0 or high >= self.config.vocab_size:
                 raise ValueError(
-                    f"text must hold token ids in [0, {self.config.vocab_size}), got values from {int(low)} to {int(high)}"
+                    f"text must hold token ids in [0, {self.config.vocab_size}), "
+                    f"got values from {int(low)} to {int(high)}"
                 )
 
     @staticmethod
@@ -239,7 +240,8 @@ class BEiT3(nn.Module):
             if inverted.any():
                 row = int(inverted.nonzero()[0])
                 raise ValueError(
-                    f"padding_mask: 1 = padding, but row {row} pads its first token and not its others; is the mask inverted?"
+                    f"padding_mask: 1 = padding, but row {row} pads its first token and not its others; "
+                    "is the mask inverted?"
                 )
 
 

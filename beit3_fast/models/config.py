@@ -27,10 +27,18 @@ _FIXED = {
     "xpos_rel_pos": False,
 }
 # Options that have no effect on a BEiT-3 encoder, whatever their value.
-_IGNORED = (
-    "moe_top1_expert moe_expert_count moe_gating_use_fp32 moe_eval_capacity_token_fraction moe_second_expert_policy "
-    "moe_normalize_gate_prob_before_dropping use_xmoe ddp_rank xpos_scale_base no_output_layer"
-).split()
+_IGNORED = {
+    "moe_top1_expert",
+    "moe_expert_count",
+    "moe_gating_use_fp32",
+    "moe_eval_capacity_token_fraction",
+    "moe_second_expert_policy",
+    "moe_normalize_gate_prob_before_dropping",
+    "use_xmoe",
+    "ddp_rank",
+    "xpos_scale_base",
+    "no_output_layer",
+}
 
 
 def nearest(name: str, known: list[str]) -> str:
@@ -45,8 +53,8 @@ class EncoderConfig:
 
     The released models duplicate everything per token for each modality. ``shared_attention`` and ``vl_ffn_layers``
     describe the architecture of the paper (arXiv 2208.10442, section 2.1), of which no weights were released: attention
-    and its LayerNorms shared, a feed-forward expert per modality, and in the top ``vl_ffn_layers`` layers a third expert
-    that takes all tokens of image-text input.
+    and its LayerNorms shared, a feed-forward expert per modality, and in the top ``vl_ffn_layers`` layers a third
+    expert that takes all tokens of image-text input.
 
     Raises:
         ValueError: a size that is not positive, a width that its heads or an image size that its patches do not divide.

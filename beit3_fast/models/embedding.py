@@ -39,8 +39,8 @@ class VisionEmbedding(nn.Module):
         channels = self.proj.in_channels
         if x.ndim != 4 or x.shape[1:] != (channels, *self.img_size):
             raise ValueError(
-                f"image must have shape (batch, {channels}, {self.img_size[0]}, {self.img_size[1]}), got {tuple(x.shape)}; "
-                "load_model(path, image_size=...) gives a model of another image size"
+                f"image must have shape (batch, {channels}, {self.img_size[0]}, {self.img_size[1]}), "
+                f"got {tuple(x.shape)}; load_model(path, image_size=...) gives a model of another image size"
             )
         if x.shape[0] == 0:
             raise ValueError("image is an empty batch; at least one sample is needed")
@@ -57,7 +57,8 @@ class VisionEmbedding(nn.Module):
 
 
 class PositionEmbedding(nn.ModuleDict):
-    """A table per modality: "A" vision, "B" text. Both start at row 2 (fairseq's convention); rows 0 and 1 are never read."""
+    """A table per modality: "A" vision, "B" text. Both start at row 2, fairseq's convention; rows 0 and 1 are never
+    read."""
 
     FIRST = 2
 
@@ -68,8 +69,7 @@ class PositionEmbedding(nn.ModuleDict):
 
     def vision(self) -> Tensor:
         """(vision_tokens, D)"""
-        weight: Tensor = self["A"].weight
-        return weight[self.FIRST :]
+        return self["A"].get_parameter("weight")[self.FIRST :]
 
     def text(self, columns: Tensor) -> Tensor:
         """Rows of token columns (0 = BOS)."""

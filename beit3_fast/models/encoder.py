@@ -21,7 +21,7 @@ EXPERTS = {1: ("",), 2: (".A", ".B"), 3: (".A", ".B", ".VL")}
 
 
 class KeyValueStore(Protocol):
-    """Takes a layer's fused q/k/v rows and gives its attention output: how decoding brings in earlier keys and values."""
+    """Takes a layer's fused q/k/v rows and gives its attention output: decoding brings in earlier keys and values."""
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         """(N, 3, H, d) -> (N, H * d)"""
@@ -162,6 +162,7 @@ class Encoder(nn.Module):
         """The sub-LN initialisation: v, out, fc1 and fc2 are scaled by sqrt(log(2 L)) (torchscale ``Encoder``)."""
         scale = math.sqrt(math.log(2 * self.num_layers))
         for layer in self.layers:
+            assert isinstance(layer, EncoderLayer)
             attention, ffn = layer.self_attn, layer.ffn
             for linear in (attention.out_proj, ffn.fc1, ffn.fc2):
                 linear.weight.mul_(scale)

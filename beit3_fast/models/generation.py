@@ -1,4 +1,4 @@
-"""Caption decoding: the image encoded once, keys and values kept, beam search with the public code's scores and order."""
+"""Caption decoding: the image encoded once, keys and values kept, beam search with the public code's scores."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Captions:
 
 
 class ImagePrefix:
-    """Runs the image's own attention and keeps its keys and values: image rows never see text, so once an image is enough."""
+    """Runs the image's own attention and keeps its keys and values: image rows never see text, so once is enough."""
 
     def __init__(self, layout: TokenLayout, num_heads: int) -> None:
         self.layout = layout

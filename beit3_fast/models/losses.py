@@ -41,7 +41,7 @@ class ClipLoss(nn.Module):
 
 
 class BertCaptioningLoss(nn.Module):
-    """Label-smoothed masked-token loss that drops the worst tokens late in training (unilm/beit3 ``BertCaptioningLoss``).
+    """Label-smoothed masked-token loss that drops the worst tokens late in training (unilm/beit3 ``utils.py``).
 
     ``KL(q || p)`` with ``q`` = 1 - eps on the target and eps / (n - 1) on each other class, written as a cross entropy
     with PyTorch's label smoothing plus a constant, so that nothing of the logits' size is built.

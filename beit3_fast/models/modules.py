@@ -76,7 +76,7 @@ class MultiwayFeedForward(nn.Module):
 
 
 class DropPath(nn.Module):
-    """Stochastic depth per sample (arXiv 1603.09382): all rows of a dropped sample become zero, the others are scaled up.
+    """Stochastic depth per sample (arXiv 1603.09382): a dropped sample's rows become zero, the others are scaled up.
 
     Draws the same random numbers in the same order as the public code (timm ``drop_path``).
     """

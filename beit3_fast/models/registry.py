@@ -40,7 +40,7 @@ SIZES: dict[str, Callable[..., EncoderConfig]] = {
     "large": EncoderConfig.large,
     "giant": EncoderConfig.giant,
 }
-_RELEASED = {
+_RELEASED: dict[str, dict[str, tuple[int, ...]]] = {
     "imageclassification": {"base": (224,), "large": (224,)},
     "nlvr2": {"base": (224,), "large": (224,)},
     "vqav2": {"base": (384, 480), "large": (384, 480, 768)},
@@ -65,8 +65,8 @@ def create_model(name: str, **overrides: Any) -> BEiT3Wrapper:
 
     Args:
         name: e.g. ``"beit3_base_patch16_384_retrieval"``; see :func:`list_models`.
-        **overrides: fields of :class:`EncoderConfig` (``img_size``, ``drop_path_rate``, ``checkpoint_activations``, ...),
-            ``mlp_ratio``, and ``num_classes`` where the head has classes.
+        **overrides: fields of :class:`EncoderConfig` (``img_size``, ``drop_path_rate``, ``checkpoint_activations``,
+            ...), ``mlp_ratio``, and ``num_classes`` where the head has classes.
 
     Raises:
         ValueError: an unknown name (the nearest are offered) or a bad value.
@@ -79,7 +79,7 @@ def create_model(name: str, **overrides: Any) -> BEiT3Wrapper:
 
 
 def build(size: str, head: str, **overrides: Any) -> BEiT3Wrapper:
-    """A model of a size ("base", "large", "giant") with a head of :data:`HEADS`; overrides as :func:`create_model`'s."""
+    """A model of a size ("base", "large", "giant") with a head of :data:`HEADS`; overrides as in :func:`create_model`."""
     spec = HEADS[head]
     known = [field.name for field in fields(EncoderConfig)] + ["mlp_ratio"]
     known += ["num_classes"] if spec.num_classes is not None else []

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Piece:
-    """``released`` is piece ``index`` of ``count`` equal pieces, along the leading dimensions, of parameter ``stored``."""
+    """``released`` is piece ``index`` of the ``count`` equal pieces of parameter ``stored``, along its leading
+    dimensions."""
 
     released: str
     stored: str

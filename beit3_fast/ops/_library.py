@@ -8,6 +8,7 @@ device and takes precedence there. Nothing else decides.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def differentiate(op: torch._ops.OpOverload, setup: Callable[..., None], backwar
 
 
 def autocast(op: torch._ops.OpOverload, arguments: Sequence[str]) -> None:
-    """Under autocast, cast the named floating-point arguments to its dtype; the others (a residual stream) stay as they are."""
+    """Under autocast, cast the named floating-point arguments to its dtype; others (a residual stream) stay."""
     positions = [i for i, argument in enumerate(op._schema.arguments) if argument.name in arguments]
     name = op.name().split("::")[1]
     for device_type, key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
@@ -61,9 +62,9 @@ def segments(expert_offsets: Tensor, num_rows: int) -> Iterator[tuple[int, slice
         ValueError: offsets that do not start at 0, decrease, or exceed num_rows.
     """
     offsets = expert_offsets.tolist()
-    if offsets[0] != 0 or offsets[-1] > num_rows or any(a > b for a, b in zip(offsets, offsets[1:], strict=False)):
+    if offsets[0] != 0 or offsets[-1] > num_rows or any(a > b for a, b in pairwise(offsets)):
         raise ValueError(f"expert_offsets must rise from 0 to at most {num_rows} (the rows of x), got {offsets}")
-    for expert, (start, stop) in enumerate(zip(offsets, offsets[1:], strict=False)):
+    for expert, (start, stop) in enumerate(pairwise(offsets)):
         if start < stop:
             yield expert, slice(start, stop)
 
@@ -116,7 +117,7 @@ def check_offsets(expert_offsets: Tensor, num_experts: int, x: Tensor) -> None:
         raise ValueError(f"expert_offsets must be on x's device {x.device}, got {expert_offsets.device}")
 
 
-def check_residual(residual: Tensor | None, shape: tuple[int, int], x: Tensor) -> None:
+def check_residual(residual: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
     if residual is not None:
         check_parameter("residual", residual, shape, x)
 

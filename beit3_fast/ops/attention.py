@@ -32,9 +32,9 @@ def attention(
             (fp64 for fp64).
         layout: where each sample's rows are.
         num_heads: H.
-        mask: "full"; "captioning" (image sees image; text sees image and earlier text, itself included: ``uni_mask`` of the
-            public ``BEiT3ForCaptioning``); "causal"; or a bool or integer tensor (S, S) over positions of the virtual
-            sequence, S >= the longest sample, 1/True = forbidden. A query that may see no key gives zeros.
+        mask: "full"; "captioning" (image sees image; text sees image and earlier text, itself included: ``uni_mask`` of
+            the public ``BEiT3ForCaptioning``); "causal"; or a bool or integer tensor (S, S) over positions of the
+            virtual sequence, S >= the longest sample, 1/True = forbidden. A query that may see no key gives zeros.
         scale: of the scores; ``d ** -0.5`` by default.
 
     Returns:
@@ -54,7 +54,7 @@ def attention(
         )
     if layout.device != qkv.device:
         raise ValueError(f"layout must be on qkv's device {qkv.device}, got {layout.device}")
-    forbidden = None
+    name, forbidden = "full", None
     if isinstance(mask, Tensor):
         if mask.ndim != 2 or mask.shape[0] != mask.shape[1] or mask.shape[0] < layout.width or mask.is_floating_point():
             raise ValueError(
@@ -63,14 +63,16 @@ def attention(
             )
         if mask.device != qkv.device:
             raise ValueError(f"mask must be on qkv's device {qkv.device}, got {mask.device}")
-        mask, forbidden = "full", mask.bool()
-    elif mask not in MASKS:
+        forbidden = mask.bool()
+    elif mask in MASKS:
+        name = mask
+    else:
         raise ValueError(f"mask must be one of {', '.join(map(repr, MASKS))} or a tensor, got {mask!r}")
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
     if current_backend() == "reference":
-        return attention_reference(qkv, layout, num_heads, mask=mask if forbidden is None else forbidden, scale=scale)
+        return attention_reference(qkv, layout, num_heads, mask=mask, scale=scale)
     save = torch.is_grad_enabled() and qkv.requires_grad
-    return _attention(qkv, layout.segments, forbidden, mask, scale, layout.width, save)[0]
+    return _attention(qkv, layout.segments, forbidden, name, scale, layout.width, save)[0]
 
 
 def attention_reference(

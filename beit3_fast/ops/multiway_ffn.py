@@ -50,7 +50,8 @@ def multiway_ffn(
         expert_offsets: int32 (E + 1,); position r belongs to expert e iff ``offsets[e] <= r < offsets[e + 1]``.
             Positions at or past the last offset are padding: their output is unspecified.
         residual: (N, D), any floating dtype; the sum is in the promoted dtype.
-        row_index: int32/int64 (N,), a permutation: position r stands for row ``row_index[r]`` of x, residual and output.
+        row_index: int32/int64 (N,), a permutation: position r stands for row ``row_index[r]`` of x, of residual and of
+            the output.
         eps: of the LayerNorm.
 
     Returns:
@@ -100,7 +101,9 @@ def multiway_ffn_reference(
     rows = x if row_index is None else x[row_index.long()]
     hidden = multiway_linear_reference(rows, fc1_weight, fc1_bias, expert_offsets, activation="gelu")
     if norm_weight is not None and norm_bias is not None:
-        hidden = layer_norm_reference(hidden, norm_weight, norm_bias, expert_offsets, eps=eps)
+        normed = layer_norm_reference(hidden, norm_weight, norm_bias, expert_offsets, eps=eps)
+        assert isinstance(normed, Tensor)
+        hidden = normed
     out = multiway_linear_reference(hidden, fc2_weight, fc2_bias, expert_offsets)
     if row_index is not None:
         out = torch.zeros_like(out).index_copy(0, row_index.long(), out)
@@ -175,7 +178,7 @@ def _backward_forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if row_index is not None:
         dy, x = dy.index_select(0, row_index), x.index_select(0, row_index)
-    # Only the pre-activation was saved: the hidden rows are elementwise work to recompute, and twice the memory to keep.
+    # Only the pre-activation was saved: the hidden rows are elementwise work to recompute, twice the memory to keep.
     activated = gelu(pre)
     hidden = activated
     dnorm_weight, dnorm_bias = empty(x), empty(x)

@@ -44,8 +44,9 @@ def multiway_linear(
         activation: None or "gelu", the exact erf GELU computed in fp32 as in the public code
             (torchscale ``feedforward_network.py``).
         residual: (N, O), any floating dtype; the sum is in the promoted dtype.
-        row_index: int32/int64 (N,), a permutation: position r stands for row ``row_index[r]`` of x, of residual and of the
-            output, so that tokens in any order reach their expert without being moved. None = rows are in expert order.
+        row_index: int32/int64 (N,), a permutation: position r stands for row ``row_index[r]`` of x, of residual and of
+            the output, so that tokens in any order reach their expert without being moved. None = rows are in expert
+            order.
 
     Returns:
         (N, O) rows, in the same order as x.
@@ -108,7 +109,7 @@ def gelu(x: Tensor) -> Tensor:
 
 
 def activate(pre: Tensor, *, in_place: bool) -> Tensor:
-    """:func:`gelu`, over the pre-activation where nobody needs it: the widest buffer of a layer need not exist twice."""
+    """:func:`gelu`, over the pre-activation where nobody needs it: a layer's widest buffer need not exist twice."""
     return torch.ops.aten.gelu_(pre) if in_place and pre.dtype == wide(pre.dtype) else gelu(pre)
 
 

@@ -21,8 +21,8 @@ def route_tokens(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
         ``expert_offsets`` int32 (E + 1,). Both as the ops' ``row_index`` and ``expert_offsets`` take them.
 
     Raises:
-        TypeError, ValueError: an argument of the wrong type, shape or dtype; an id out of range (checked for CPU tensors,
-            where looking costs no wait).
+        TypeError, ValueError: an argument of the wrong type, shape or dtype; an id out of range (checked for CPU
+            tensors, where looking costs no wait).
     """
     if not isinstance(expert_ids, Tensor):
         raise TypeError(f"expert_ids must be a tensor, got {type(expert_ids).__name__}")
