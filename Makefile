@@ -1,0 +1,78 @@
+# Every target works on a fresh machine with git, python3, make and a C++ compiler, and installs what it needs into VENV.
+#
+#   make demo TORCH="torch==2.13.0"                                                  another torch
+#   make demo TORCH="torch --index-url https://download.pytorch.org/whl/cpu"         the smaller one without CUDA
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH ?= torch
+PYTEST_ARGS ?=
+
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip --disable-pip-version-check
+# The public BEiT-3, which tests compare with. --no-deps: what these pin is older than what they run with.
+ORACLES := torchscale==0.3.0 fairscale==0.4.13 beit3-gml
+# A change of any of these installs again; other Python files are used where they lie.
+BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt beit3_fast/_version.py $(shell find csrc -type f)
+CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint format build clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+demo: $(VENV)/.demo ## the drop-in model against reference PyTorch on real photos; writes demo.png
+	$(BIN)/beit3-fast demo
+
+test: $(VENV)/.test ## build, and run every test; PYTEST_ARGS="-k name" selects
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+
+lint: $(VENV)/.dev ## check style and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/clang-format --dry-run --Werror $(CXX_SOURCES)
+
+format: $(VENV)/.dev ## mend the style
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/clang-format -i $(CXX_SOURCES)
+
+build: $(VENV)/.torch ## a wheel, in dist/
+	$(PIP) wheel . --no-deps --no-build-isolation --wheel-dir dist
+
+clean: ## remove what was built; .venv stays
+	rm -rf build dist beit3_fast/lib *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -f $(VENV)/.demo $(VENV)/.test $(VENV)/.dev
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+# ---- the virtual environment, step by step; each file says that its step is done ----
+
+$(VENV)/.torch:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --upgrade pip "setuptools>=77" "cmake>=3.24" ninja
+	$(PIP) install $(TORCH)
+	touch $@
+
+# torch is there already, so the project builds against it: an isolated build would download a second one.
+$(VENV)/.demo: $(VENV)/.torch $(BUILD_INPUTS)
+	$(PIP) install --quiet --no-build-isolation --editable '.[bench]'
+	$(report_build)
+	touch $@
+
+$(VENV)/.test: $(VENV)/.torch $(BUILD_INPUTS)
+	$(PIP) install --quiet --no-deps $(ORACLES)
+	$(PIP) install --quiet $(TORCH) torchvision timm
+	$(PIP) install --quiet --no-build-isolation --editable '.[bench,test]'
+	$(report_build)
+	touch $@
+
+$(VENV)/.dev: $(VENV)/.torch $(BUILD_INPUTS)
+	$(PIP) install --quiet --no-build-isolation --editable '.[dev]'
+	touch $@
+
+# pip shows nothing of a build that went well, and what was left out must not pass unseen.
+report_build = @$(BIN)/python -c 'import json; \
+	[print("  {:5}{}{}".format(part, "" if it["built"] else "skipped: ", it["reason"])) \
+	for part, it in json.load(open("beit3_fast/lib/build.json")).items()]'
