@@ -1,5 +1,5 @@
-// Includes simd.h and BEIT3_KERNEL once for each instruction set; see isa.h. Neither may include anything itself: a
-// standard header first seen here would be compiled for AVX-512 and then shared with the baseline.
+// Includes simd.h and BEIT3_KERNEL once for each instruction set; see isa.h. Once in a translation unit. A kernel
+// header includes no other than kernel headers: a standard header first seen here would be compiled for AVX-512.
 #include <cmath>
 #include <cstdint>
 #include <cstring>

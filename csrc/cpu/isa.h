@@ -30,13 +30,19 @@ inline Isa native_isa() {
 #endif
 }
 
+template <class Function>
+Function at_isa(Isa isa, Function baseline, Function avx2, Function avx512) {
+  return isa == Isa::avx512 ? avx512 : isa == Isa::avx2 ? avx2 : baseline;
+}
+
 }  // namespace beit3_fast
 
 #if defined(__x86_64__)
-#define BEIT3_AT(isa, ...)                                                   \
-  ((isa) == ::beit3_fast::Isa::avx512 ? &::beit3_fast::avx512::__VA_ARGS__   \
-   : (isa) == ::beit3_fast::Isa::avx2 ? &::beit3_fast::avx2::__VA_ARGS__     \
-                                      : &::beit3_fast::baseline::__VA_ARGS__)
+#define BEIT3_AT(isa, ...)                                                                            \
+  ::beit3_fast::at_isa((isa), &::beit3_fast::baseline::__VA_ARGS__, &::beit3_fast::avx2::__VA_ARGS__, \
+                       &::beit3_fast::avx512::__VA_ARGS__)
 #else
-#define BEIT3_AT(isa, ...) ((void)(isa), &::beit3_fast::baseline::__VA_ARGS__)
+#define BEIT3_AT(isa, ...)                                                                                \
+  ::beit3_fast::at_isa((isa), &::beit3_fast::baseline::__VA_ARGS__, &::beit3_fast::baseline::__VA_ARGS__, \
+                       &::beit3_fast::baseline::__VA_ARGS__)
 #endif

@@ -37,8 +37,8 @@ bool is_floating(ScalarType dtype) {
 }
 
 void check_floating(const Tensor& tensor, const char* name) {
-  STD_TORCH_CHECK(is_floating(tensor.scalar_type()), name,
-                  " must be float32, float64, bfloat16 or float16, got ", tensor.scalar_type());
+  STD_TORCH_CHECK(is_floating(tensor.scalar_type()), name, " must be float32, float64, bfloat16 or float16, got ",
+                  tensor.scalar_type());
 }
 
 void check_arguments(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& bias,

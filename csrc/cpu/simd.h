@@ -144,8 +144,8 @@ BEIT3_INLINE void store(float16* to, const F32& value) {
   bit_copy(subnormal, shifted);
   subnormal -= 0x3f000000u;
   U32 result;
-  select(result, (U32)(magnitude < 0x38800000u), subnormal, normal);           // below 2^-14
-  select(result, (U32)(magnitude >= 0x47800000u), U32{} + 0x7c00u, result);    // from 2^16 on
+  select(result, (U32)(magnitude < 0x38800000u), subnormal, normal);         // below 2^-14
+  select(result, (U32)(magnitude >= 0x47800000u), U32{} + 0x7c00u, result);  // from 2^16 on
   select(result, (U32)(value != value), U32{} + 0x7e00u, result);
   narrow(to, result | sign);
 }
