@@ -1,0 +1,299 @@
+"""``bench model`` on a backbone of toy width: real runs, and runs that are wrong on purpose."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import beit3_fast.bench.command as command
+import beit3_fast.bench.model as model
+import pytest
+import torch
+from beit3_fast.bench.cases import MODEL_CASES, ModelCase, select
+from beit3_fast.bench.report import describe
+from oracles import public as oracle
+
+from beit3_fast.models import BEiT3, EncoderConfig
+
+CPU = torch.device("cpu")
+PADDED = ModelCase("toy-joint", "base", 3, 32, 10, (4, 10, 7))
+CASES = {
+    "joint": PADDED,
+    "joint dense": replace(PADDED, text_lengths=None),
+    "image": replace(PADDED, text_tokens=None, text_lengths=None),
+    "text": replace(PADDED, image_size=None),
+    "bfloat16": replace(PADDED, dtype=torch.bfloat16),
+    "bfloat16 against float32": replace(PADDED, dtype=torch.bfloat16, truth=torch.float32),
+}
+TOY = {
+    "encoder_embed_dim": 64,
+    "encoder_attention_heads": 4,
+    "encoder_ffn_embed_dim": 128,
+    "encoder_layers": 2,
+    "vocab_size": 100,
+}
+
+
+@pytest.fixture(autouse=True)
+def toy(monkeypatch):
+    monkeypatch.setattr(model, "_config", lambda case: EncoderConfig(**TOY, img_size=case.image_size or 32))
+    monkeypatch.setattr(command, "select", lambda names, **options: [PADDED])
+
+
+def wrong(name, change):
+    """A provider that spoils what ours computes."""
+
+    def build(setup):
+        run = model.OURS.build(setup)
+        return lambda: change(run())
+
+    return model.Provider(name, build)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_case_runs_and_everyone_passes(name):
+    case = CASES[name]
+    result = model.run_case(case, model.providers(), device=CPU, rounds=6)
+    assert [outcome.provider for outcome in result.outcomes] == ["reference", "reference, autocast", "beit3_fast"]
+    assert [outcome.verdict.reason for outcome in result.outcomes] == ["", "", ""]
+    assert result.ok
+    assert {name: len(times) for name, times in result.timing.rounds.items()} == dict.fromkeys(
+        ["reference", "reference, autocast", "beit3_fast"], 6
+    )
+    errors = {outcome.provider: outcome.error.maximum for outcome in result.outcomes}
+    low, high = (1e-8, 2e-6) if case.dtype == torch.float32 else (1e-4, 4e-2)
+    assert low < errors["beit3_fast"] < high
+    assert 1e-4 < errors["reference, autocast"] < 4e-2
+
+
+@pytest.mark.parametrize("name", ["joint", "joint dense", "image", "text"])
+def test_errors_are_those_against_the_public_code(name):
+    """The truth, the masks and the choice of rows, once more with torchscale in the reference's place."""
+    case = CASES[name]
+    result = model.run_case(case, [model.REFERENCE], device=CPU, rounds=6)
+    setup = model.Setup(case, CPU)
+    public = oracle.BEiT3(oracle.EncoderConfig(**TOY, img_size=32, multiway=True, no_output_layer=True)).eval()
+    public.load_state_dict(setup.weights, strict=True)
+    with torch.inference_mode():
+        single = setup.inputs.call(public)
+        # torchscale rounds GELU and softmax to float32 in a float64 model: good to some 1e-7
+        double = setup.inputs.to(torch.float64).call(public.double())
+    keep = torch.ones(single.shape[:2], dtype=torch.bool)
+    for row, length in enumerate(case.lengths()):
+        keep[row, single.shape[1] - (case.text_tokens or 0) + length :] = False
+    expected = (single - double)[keep].abs().max() / double[keep].abs().max()
+    assert result.outcomes[0].error.maximum == pytest.approx(expected.item(), abs=3e-7)
+    assert torch.equal(setup.valid(single), single[keep])
+    if name in ("joint", "text"):
+        assert not keep.all()
+
+
+def swap_experts(out):
+    return out.flip(1)
+
+
+def off_by_one_row(out):
+    return out.roll(1, dims=1)
+
+
+def one_bad_value(out):
+    out = out.clone()
+    out[-1, -8, 5] += 1e-3 * out.abs().max()
+    return out
+
+
+def low_precision(out):
+    return out.bfloat16().float()
+
+
+@pytest.mark.parametrize(
+    "change",
+    [swap_experts, off_by_one_row, one_bad_value, low_precision, torch.zeros_like, lambda out: out * float("nan")],
+    ids=["experts swapped", "off by one row", "one bad value", "rounded to bfloat16", "zeros", "nan"],
+)
+def test_a_wrong_result_gets_no_time(change):
+    result = model.run_case(PADDED, [model.REFERENCE, wrong("wrong", change)], device=CPU, rounds=6)
+    reference, broken = result.outcomes
+    assert reference.ok
+    assert not broken.ok
+    assert not result.ok
+    assert broken.verdict.reason
+    assert set(result.timing.rounds) == {"reference"}
+
+
+def test_what_nobody_reads_may_hold_anything():
+    """Rows of padding, and only they, are left out of the comparison."""
+
+    def change(out):
+        out = out.clone()
+        out[0, -6:] = 1e9  # the first text has 4 of its 10 tokens
+        return out
+
+    assert model.run_case(PADDED, [model.REFERENCE, wrong("odd", change)], device=CPU, rounds=6).ok
+
+
+def test_experts_swapped_in_the_weights_are_seen():
+    def build(setup):
+        swapped = {
+            name.replace(".A.", ".?.").replace(".B.", ".A.").replace(".?.", ".B."): tensor
+            for name, tensor in setup.weights.items()
+            if "embed_positions" not in name
+        }
+        swapped |= {name: tensor for name, tensor in setup.weights.items() if "embed_positions" in name}
+        backbone = BEiT3(setup.config).eval()
+        backbone.load_state_dict(swapped)
+        return lambda: setup.inputs.call(backbone)
+
+    result = model.run_case(PADDED, [model.REFERENCE, model.Provider("swapped", build)], device=CPU, rounds=6)
+    assert not result.ok
+    assert result.outcomes[1].error.maximum > 0.05
+
+
+def test_no_weight_is_at_its_default_and_no_two_are_equal():
+    weights = model.Setup(PADDED, CPU).weights
+    for name, tensor in weights.items():
+        assert tensor.std() > 0.05, name
+        other = weights.get(name.replace(".A.", ".B."))
+        assert other is tensor or other.shape != tensor.shape or not torch.equal(other, tensor), name
+
+
+def test_one_provider_that_crashes_does_not_take_the_others_with_it():
+    def crash(setup):
+        raise RuntimeError("no compiler\nsecond line")
+
+    taking_part = [model.REFERENCE, model.Provider("crashing", crash), model.OURS]
+    result = model.run_case(PADDED, taking_part, device=CPU, rounds=6)
+    assert [outcome.ok for outcome in result.outcomes] == [True, False, True]
+    assert result.outcomes[1].failure == "RuntimeError: no compiler"
+    assert not result.ok
+    assert set(result.timing.rounds) == {"reference", "beit3_fast"}
+
+
+def test_without_its_reference_nobody_is_judged():
+    def crash(setup):
+        raise RuntimeError("gone")
+
+    result = model.run_case(
+        PADDED, [model.Provider("reference", crash, judged_by="reference"), model.OURS], device=CPU, rounds=6
+    )
+    assert not result.ok
+    assert result.timing is None
+    assert "nothing to judge it by" in result.outcomes[1].verdict.reason
+
+
+def test_command_prints_and_keeps_everything(tmp_path, capsys):
+    target = tmp_path / "out.json"
+    assert command.model(rounds=6, device="cpu", json_file=target)
+    printed = capsys.readouterr().out
+    assert "toy-joint: base, batch 3, image 32, 10 text tokens (7 valid on average), float32" in printed
+    assert "beit3_fast" in printed
+    assert "passed" in printed
+    assert "ms" in printed
+    assert "x [" in printed
+    kept = json.loads(target.read_text())
+    assert (kept["schema"], kept["kind"]) == (1, "model")
+    assert kept["settings"] == {"device": "cpu", "rounds": 6}
+    assert kept["machine"]["torch"] == torch.__version__
+    (result,) = kept["results"]
+    assert result["ok"] is True
+    assert result["case"] == {
+        "name": "toy-joint",
+        "size": "base",
+        "batch": 3,
+        "image_size": 32,
+        "text_tokens": 10,
+        "text_lengths": [4, 10, 7],
+        "dtype": "float32",
+        "truth": "float64",
+    }
+    reference, _, ours = result["providers"]
+    assert set(ours) == {"name", "failure", "error", "parity", "reason", "time_ms", "speedup"}
+    assert reference["speedup"] is None
+    assert reference["parity"] == "passed"
+    pairs = zip(reference["time_ms"]["rounds"], ours["time_ms"]["rounds"], strict=True)
+    ratios = sorted(slow / fast for slow, fast in pairs)
+    assert ours["speedup"]["median"] == pytest.approx((ratios[2] + ratios[3]) / 2)
+    assert (ours["speedup"]["low"], ours["speedup"]["high"]) == pytest.approx((ratios[0], ratios[-1]))
+    assert ours["time_ms"]["low"] <= ours["time_ms"]["median"] <= ours["time_ms"]["high"]
+
+
+@pytest.mark.parametrize("change", [torch.zeros_like, lambda out: out / 0])
+def test_command_refuses_a_speed_for_a_wrong_result(change, tmp_path, capsys, monkeypatch):
+    spoilt = wrong("beit3_fast", change)
+    monkeypatch.setattr(model, "providers", lambda compiled: [model.REFERENCE, spoilt])
+    assert not command.model(rounds=6, device="cpu", json_file=tmp_path / "out.json")
+    assert "FAILED: maximum error" in capsys.readouterr().out
+    _, broken = json.loads((tmp_path / "out.json").read_text())["results"][0]["providers"]
+    assert broken["parity"] == "failed"
+    assert broken["time_ms"] is None
+    assert broken["speedup"] is None
+    assert "maximum error" in broken["reason"]
+
+
+def test_an_interrupted_run_keeps_what_it_had(tmp_path, monkeypatch):
+    second = replace(PADDED, name="second")
+    monkeypatch.setattr(command, "select", lambda names, **options: [PADDED, second])
+    run_case = model.run_case
+
+    def interrupted(case, *arguments, **options):
+        if case is second:
+            raise KeyboardInterrupt
+        return run_case(case, *arguments, **options)
+
+    monkeypatch.setattr(model, "run_case", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        command.model(rounds=6, device="cpu", json_file=tmp_path / "out.json")
+    assert [r["case"]["name"] for r in json.loads((tmp_path / "out.json").read_text())["results"]] == ["toy-joint"]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rounds": 5}, "rounds must be at least 6"),
+        ({"threads": 0}, "threads must be at least 1"),
+        ({"device": "tpu"}, "device must be cpu or cuda, got 'tpu'"),
+    ],
+)
+def test_bad_options_stop_before_any_work(options, message, monkeypatch):
+    monkeypatch.setattr(model, "run_case", lambda *arguments, **options: pytest.fail("work was done"))
+    with pytest.raises(ValueError, match=message):
+        command.model(**{"device": "cpu", **options})
+
+
+def test_cuda_is_refused_without_a_gpu(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="device cuda is not available"):
+        command.model(device="cuda")
+
+
+class TestCases:
+    def test_names_are_unique(self):
+        assert len({case.name for case in MODEL_CASES}) == len(MODEL_CASES)
+
+    def test_the_padded_cases_have_13_valid_tokens_on_average(self):
+        for case in MODEL_CASES:
+            if case.text_lengths is not None:
+                assert sum(replace(case, batch=8).lengths()) == 8 * 13
+                assert max(case.lengths()) <= case.text_tokens
+
+    def test_selection(self):
+        assert select([]) == list(MODEL_CASES)
+        assert [case.name for case in select(["base-text", "base-image"])] == ["base-text", "base-image"]
+        assert {case.batch for case in select([], quick=True)} == {2}
+        assert {case.batch for case in select([], quick=True, batch=5)} == {5}
+        assert select(["base-joint"], batch=11)[0].lengths()[8:] == list(select(["base-joint"])[0].lengths()[:3])
+
+    def test_bad_selection(self):
+        with pytest.raises(ValueError, match=r"case 'base-jiont' is unknown; did you mean base-joint"):
+            select(["base-jiont"])
+        with pytest.raises(ValueError, match=r"case 'q' is unknown; known: base-joint, "):
+            select(["q"])
+        with pytest.raises(ValueError, match="batch must be at least 1, got 0"):
+            select([], batch=0)
+
+    def test_descriptions(self):
+        words = {case.name: describe(case) for case in MODEL_CASES}
+        assert words["base-joint"] == "base, batch 8, image 224, 64 text tokens (13 valid on average), float32"
+        assert words["base-joint-dense"] == "base, batch 8, image 224, 64 text tokens, none padded, float32"
+        assert words["base-image-bfloat16"] == "base, batch 8, image 224, bfloat16"
+        assert words["base-text"] == "base, batch 8, 64 text tokens (13 valid on average), float32"

@@ -1,0 +1,1 @@
+"""Adapters around implementations that we did not write, used as the truth in tests."""
