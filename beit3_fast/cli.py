@@ -1,0 +1,123 @@
+"""The command ``beit3-fast``.
+
+Commands import what they need when they run, so that ``--help`` and a misspelt option answer at once. A mistake in the
+input is one line on standard error and exit code 2; exit code 1 means that something ran and its result was not right.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+_INPUT_ERRORS = (ValueError, TypeError, OSError, ModuleNotFoundError)
+
+
+class _OneLineErrors(click.Group):
+    """Prints input errors as one readable line; ``--debug`` lets the traceback through."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except _INPUT_ERRORS as error:
+            if ctx.params.get("debug"):
+                raise
+            message = " ".join(str(error).split()) or type(error).__name__
+            click.echo(f"beit3-fast: {message}", err=True)
+            ctx.exit(2)
+
+
+def _version(ctx: click.Context, option: click.Parameter, wanted: bool) -> None:
+    if not wanted or ctx.resilient_parsing:
+        return
+    from beit3_fast import __version__
+
+    click.echo(f"beit3-fast {__version__}")
+    ctx.exit()
+
+
+@click.group(cls=_OneLineErrors, context_settings={"help_option_names": ["-h", "--help"], "show_default": True})
+@click.option("--version", is_flag=True, expose_value=False, is_eager=True, callback=_version, help="Show the version.")
+@click.option("--debug", is_flag=True, help="Show the traceback of an error.")
+def main(debug: bool) -> None:
+    """BEiT-3 with the released checkpoints and the released outputs, as fast as the machine allows."""
+
+
+@main.command()
+def info() -> None:
+    """Show versions, and what serves each operation on this machine."""
+    import beit3_fast
+
+    beit3_fast.info()
+
+
+_rounds = click.option("--rounds", type=int, default=None, help="Interleaved timing rounds (at least 6).")
+_threads = click.option("--threads", type=int, default=None, help="CPU threads; PyTorch's choice when left out.")
+
+
+@main.command()
+@click.option("--image", "images", multiple=True, type=click.Path(path_type=Path), help="An image file; repeatable.")
+@click.option("--text", "texts", multiple=True, help="A text; repeatable.")
+@click.option("--checkpoint", type=click.Path(path_type=Path), help="A released retrieval checkpoint. [default: none]")
+@click.option("--tokenizer", type=click.Path(path_type=Path), help="beit3.spm; required with --checkpoint.")
+@click.option(
+    "--model", default=None, help="Which model, without --checkpoint. [default: beit3_base_patch16_224_retrieval]"
+)
+@click.option("--output", type=click.Path(path_type=Path), default="demo.png", help="The picture to write.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Also write the results as JSON.")
+@_rounds
+@_threads
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", help="Of weights and images.")
+@click.option("--seed", type=int, default=0, help="Of the random weights, without --checkpoint.")
+def demo(**options: Any) -> None:
+    """Match images with texts, ours against reference PyTorch.
+
+    Runs the drop-in model and reference PyTorch on the same weights, prints the image-text scores, the parity and both
+    times, and saves a picture of it. Photos and captions that come with the package are the default.
+    """
+    from beit3_fast.demo import run
+
+    if not run(**options):
+        raise SystemExit(1)
+
+
+@main.group()
+def bench() -> None:
+    """Measure speed, after parity."""
+
+
+@bench.command("model")
+@click.option("--case", "cases", multiple=True, help="Run this case only; repeatable.")
+@click.option("--quick", is_flag=True, help="A few cases, small batches, few rounds.")
+@click.option("--batch", type=int, default=None, help="Replace every case's batch size.")
+@_rounds
+@_threads
+@click.option("--compile", "compiled", is_flag=True, help="Also time the reference under torch.compile.")
+@click.option("--device", default=None, help="cpu or cuda. [default: cuda when there is one]")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results to this file.")
+def bench_model(**options: Any) -> None:
+    """Time the backbone's forward against reference PyTorch; what fails parity gets no time and exit code 1."""
+    from beit3_fast.bench.command import model
+
+    if not model(**options):
+        raise SystemExit(1)
+
+
+@main.command()
+@click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
+@click.argument("destination", metavar="DST", type=click.Path(path_type=Path))
+def convert(source: Path, destination: Path) -> None:
+    """Convert a checkpoint between .pth and .safetensors; released keys both ways."""
+    from beit3_fast.checkpoint import convert as convert_checkpoint
+
+    found = convert_checkpoint(source, destination)
+    config = found.config
+    click.echo(
+        f"wrote {destination}: {found.head}, {config.encoder_layers} layers of width {config.encoder_embed_dim}, "
+        f"images of {config.img_size} pixels"
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,90 @@
+"""What is benchmarked, as data: one entry a case. Adding a case is adding an entry to ``MODEL_CASES``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+import torch
+
+from beit3_fast.models.config import nearest
+
+PADDED_TEXT = 64
+"""What the public data pipeline pads every text to."""
+
+CAPTION_LENGTHS = (13, 9, 17, 11, 15, 12, 16, 11)
+"""Valid tokens per caption, begin and end included; their mean, 13, is what captions of photos come to."""
+
+
+@dataclass(frozen=True)
+class ModelCase:
+    """One forward of the backbone.
+
+    Attributes:
+        name: what ``--case`` takes.
+        size: "base" or "large".
+        batch: samples.
+        image_size: pixels a side; None for text alone.
+        text_tokens: tokens a text is padded to; None for an image alone.
+        text_lengths: valid tokens per text, repeated over the batch; None when no text is padded.
+        dtype: of weights and images.
+        truth: dtype of the reference run that errors are measured against; float64 where that does not take minutes.
+    """
+
+    name: str
+    size: str
+    batch: int
+    image_size: int | None
+    text_tokens: int | None
+    text_lengths: tuple[int, ...] | None = None
+    dtype: torch.dtype = torch.float32
+    truth: torch.dtype = torch.float64
+
+    def lengths(self) -> list[int]:
+        """Valid text tokens of every sample."""
+        if self.text_tokens is None:
+            return [0] * self.batch
+        pattern = self.text_lengths or (self.text_tokens,)
+        return [pattern[i % len(pattern)] for i in range(self.batch)]
+
+
+MODEL_CASES = (
+    ModelCase("base-joint", "base", 8, 224, PADDED_TEXT, CAPTION_LENGTHS),
+    ModelCase("base-joint-dense", "base", 8, 224, PADDED_TEXT),
+    ModelCase("base-image", "base", 8, 224, None),
+    ModelCase("base-text", "base", 8, None, PADDED_TEXT, CAPTION_LENGTHS),
+    ModelCase("base-joint-480", "base", 2, 480, PADDED_TEXT, CAPTION_LENGTHS),
+    ModelCase("base-joint-bfloat16", "base", 8, 224, PADDED_TEXT, CAPTION_LENGTHS, torch.bfloat16),
+    ModelCase("base-image-bfloat16", "base", 8, 224, None, dtype=torch.bfloat16),
+    ModelCase("large-joint", "large", 2, 224, PADDED_TEXT, CAPTION_LENGTHS),
+    ModelCase("large-joint-bfloat16", "large", 2, 224, PADDED_TEXT, CAPTION_LENGTHS, torch.bfloat16, torch.float32),
+)
+
+QUICK_CASES = ("base-joint", "base-joint-dense", "base-image", "base-text")
+QUICK_BATCH = 2
+
+
+def select(names: Iterable[str], *, quick: bool = False, batch: int | None = None) -> list[ModelCase]:
+    """The cases of these names in the order given; with no names all of them, or the quick ones.
+
+    ``quick`` also lowers every batch to at most ``QUICK_BATCH``; ``batch`` replaces every case's own.
+
+    Raises:
+        ValueError: an unknown name (the nearest known ones are offered) or a batch below 1.
+    """
+    if batch is not None and batch < 1:
+        raise ValueError(f"batch must be at least 1, got {batch}")
+    known = {case.name: case for case in MODEL_CASES}
+    chosen = []
+    for name in list(names) or (QUICK_CASES if quick else known):
+        if name not in known:
+            known_names = list(known)
+            hint = nearest(name, known_names) or f"; known: {', '.join(known_names)}"
+            raise ValueError(f"case {name!r} is unknown{hint}")
+        case = known[name]
+        if batch is not None:
+            case = replace(case, batch=batch)
+        elif quick:
+            case = replace(case, batch=min(case.batch, QUICK_BATCH))
+        chosen.append(case)
+    return chosen
