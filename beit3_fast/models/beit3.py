@@ -61,14 +61,32 @@ class BEiT3(nn.Module):
             TypeError, ValueError: bad input, named in the message.
         """
         layout = self._layout(image, text, text_padding, text_lengths)
-        rows = []
-        if image is not None:
-            vision = self.vision_embed(image, vision_masked_position) + self.encoder.embed_positions.vision()
-            rows.append(vision.flatten(0, 1))
-        if text is not None:
-            words = self.text_embed(layout.pack_text(text))
-            rows.append(words + self.encoder.embed_positions.text(layout.text_column))
-        return self.encoder(torch.cat(rows) if len(rows) > 1 else rows[0], layout, mask), layout
+        vision, words = self._embed(image, text, layout, vision_masked_position)
+        return self._encode(vision, words, layout, mask), layout
+
+    def _embed(
+        self, image: Tensor | None, text: Tensor | None, layout: TokenLayout, vision_masked_position: Tensor | None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Before positions: vision tokens (B, V, D) and the valid words (num_text_rows, D)."""
+        vision = None if image is None else self.vision_embed(image, vision_masked_position)
+        return vision, None if text is None else self.text_embed(layout.pack_text(text))
+
+    def _encode(
+        self,
+        vision: Tensor | None,
+        words: Tensor | None,
+        layout: TokenLayout,
+        mask: str | Tensor = "full",
+        store: KeyValueStore | None = None,
+        text_positions: Tensor | None = None,
+    ) -> Tensor:
+        """:meth:`_embed`'s tokens with their positions, joined in expert order, through the encoder."""
+        positions, rows = self.encoder.embed_positions, []
+        if vision is not None:
+            rows.append((vision + positions.vision()).flatten(0, 1))
+        if words is not None:
+            rows.append(words + (positions.text(layout.text_column) if text_positions is None else text_positions))
+        return self.encoder(torch.cat(rows) if len(rows) > 1 else rows[0], layout, mask, store)
 
     def forward(
         self,
@@ -103,28 +121,20 @@ class BEiT3(nn.Module):
         Raises:
             TypeError, ValueError: bad input, named in the message.
         """
-        if incremental_state is not None or positions is not None:
-            encoded, layout = self._encode_dense(
-                visual_tokens,
-                textual_tokens,
-                text_padding_position,
-                attn_mask,
-                vision_masked_position,
-                incremental_state,
-                positions,
+        dense = incremental_state is not None or positions is not None
+        if dense:
+            self._check_dense(visual_tokens, textual_tokens, text_padding_position, incremental_state, positions)
+        layout = self._layout(
+            visual_tokens, textual_tokens, None if dense else text_padding_position, None if dense else text_lengths
+        )
+        vision, words = self._embed(visual_tokens, textual_tokens, layout, vision_masked_position)
+        if dense:
+            encoded = self._encode_dense(
+                vision, words, layout, text_padding_position, attn_mask, incremental_state or {}, positions
             )
         else:
-            encoded, layout = self.encode(
-                visual_tokens,
-                textual_tokens,
-                text_padding_position,
-                mask="full" if attn_mask is None else attn_mask,
-                text_lengths=text_lengths,
-                vision_masked_position=vision_masked_position,
-            )
-        embeddings = []
-        if visual_tokens is not None:
-            embeddings.append(self.vision_embed(visual_tokens, vision_masked_position))
+            encoded = self._encode(vision, words, layout, "full" if attn_mask is None else attn_mask)
+        embeddings = [] if vision is None else [vision]
         if textual_tokens is not None:
             embeddings.append(self.text_embed(textual_tokens))
         padding = torch.zeros(layout.batch_size, layout.width, dtype=torch.bool, device=encoded.device)
@@ -139,41 +149,44 @@ class BEiT3(nn.Module):
             "multiway_split_position": -1 if textual_tokens is None else layout.vision_width,
         }
 
-    def _encode_dense(
+    def _check_dense(
         self,
         image: Tensor | None,
         text: Tensor | None,
         text_padding: Tensor | None,
-        attn_mask: Tensor | None,
-        vision_masked_position: Tensor | None,
         incremental_state: dict[int, dict[str, Tensor]] | None,
         positions: Tensor | None,
-    ) -> tuple[Tensor, TokenLayout]:
-        """The public code's incremental form: every column takes part, earlier keys and values come from the state."""
+    ) -> None:
         if positions is not None and image is not None:
             raise ValueError("positions must be None when an image is given: they index the text position table")
-        if incremental_state is None:
-            if text_padding is not None:
-                raise ValueError("positions must be None when text_padding_position is given")
-            incremental_state = {}
-        layout = self._layout(image, text, None, None)
+        if incremental_state is None and text_padding is not None:
+            raise ValueError("positions must be None when text_padding_position is given")
         if text_padding is not None:
             self._check_padding(text, text_padding)
-        rows = []
-        if image is not None:
-            vision = self.vision_embed(image, vision_masked_position) + self.encoder.embed_positions.vision()
-            rows.append(vision.flatten(0, 1))
-        if text is not None:
-            if positions is None:
-                position_rows = self.encoder.embed_positions.text(layout.text_column)
-            else:
-                position_rows = self.encoder.embed_positions["B"](positions.expand(text.shape)).flatten(0, 1)
-            words = self.text_embed(text.flatten()) + position_rows
-            if text_padding is not None:
-                words = words * (1 - text_padding.to(words).view(-1, 1))
-            rows.append(words)
+
+    def _encode_dense(
+        self,
+        vision: Tensor | None,
+        words: Tensor | None,
+        layout: TokenLayout,
+        text_padding: Tensor | None,
+        attn_mask: Tensor | None,
+        incremental_state: dict[int, dict[str, Tensor]],
+        positions: Tensor | None,
+    ) -> Tensor:
+        """The public code's incremental form: every column takes part, earlier keys and values come from the state."""
         store = IncrementalState(incremental_state, layout, attn_mask)
-        return self.encoder(torch.cat(rows), layout, store=store), layout
+        table = self.encoder.embed_positions
+        text_positions = None
+        if words is not None:
+            if positions is None:
+                text_positions = table.text(layout.text_column)
+            else:
+                text_positions = table["B"](positions.expand(layout.batch_size, layout.text_width)).flatten(0, 1)
+            if text_padding is not None:  # padded words enter as zeros, and are attended to
+                kept = (1 - text_padding.to(words)).view(-1, 1)
+                words, text_positions = words * kept, text_positions * kept
+        return self._encode(vision, words, layout, store=store, text_positions=text_positions)
 
     def _layout(
         self,

@@ -79,7 +79,7 @@ def create_model(name: str, **overrides: Any) -> BEiT3Wrapper:
 
 
 def build(size: str, head: str, **overrides: Any) -> BEiT3Wrapper:
-    """A model of a size ("base", "large", "giant") with a head of :data:`HEADS`; overrides: see :func:`create_model`."""
+    """A model of a size ("base", "large", "giant") with a head of :data:`HEADS`; see :func:`create_model`."""
     spec = HEADS[head]
     known = [field.name for field in fields(EncoderConfig)] + ["mlp_ratio"]
     known += ["num_classes"] if spec.num_classes is not None else []
