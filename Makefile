@@ -26,7 +26,7 @@ demo: $(VENV)/.demo ## the drop-in model against reference PyTorch on real photo
 	$(BIN)/beit3-fast demo
 
 test: $(VENV)/.test ## build, and run every test; PYTEST_ARGS="-k name" selects
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist loadgroup $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 
 lint: $(VENV)/.dev ## check style and types
 	$(BIN)/ruff check .
@@ -62,9 +62,9 @@ $(VENV)/.demo: $(VENV)/.torch $(BUILD_INPUTS)
 	touch $@
 
 $(VENV)/.test: $(VENV)/.torch $(BUILD_INPUTS)
+	$(PIP) install --quiet --no-warn-conflicts $(TORCH) torchvision timm
+	$(PIP) install --quiet --no-warn-conflicts --no-build-isolation --editable '.[bench,test]'
 	$(PIP) install --quiet --no-deps $(ORACLES)
-	$(PIP) install --quiet $(TORCH) torchvision timm
-	$(PIP) install --quiet --no-build-isolation --editable '.[bench,test]'
 	$(report_build)
 	touch $@
 

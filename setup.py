@@ -30,7 +30,9 @@ import shlex
 import shutil
 import subprocess
 import sysconfig
+import warnings
 from pathlib import Path
+from typing import ClassVar
 
 from setuptools import Command, Distribution, find_packages, setup
 from setuptools.command.bdist_wheel import bdist_wheel
@@ -157,7 +159,7 @@ class BuildNative(Command):
     """Compile csrc/ into beit3_fast/lib/, and write down what was built."""
 
     description = "compile the C++ and CUDA libraries"
-    user_options = [("build-lib=", None, "where to put them, if not in the source tree")]
+    user_options: ClassVar = [("build-lib=", None, "where to put them, if not in the source tree")]
     editable_mode = False
 
     def initialize_options(self) -> None:
@@ -168,7 +170,7 @@ class BuildNative(Command):
 
     @property
     def folder(self) -> Path:
-        return (ROOT if self.editable_mode else Path(self.build_lib).resolve()) / "beit3_fast" / "lib"
+        return (ROOT if self.editable_mode else Path(str(self.build_lib)).resolve()) / "beit3_fast" / "lib"
 
     def run(self) -> None:
         for part, reason in skipped().items():
@@ -191,17 +193,19 @@ class BuildNative(Command):
     def compile(self, work: Path) -> dict[str, str]:
         """Compile in the folder `work`; returns for each library what it was built with."""
         torch_folder, torch_version = find_torch()
-        compiler = find_compiler()
+        compiler, nvcc = find_compiler(), find_nvcc()
+        assert compiler is not None, "without a compiler the part is skipped"
         options = [f"-DTORCH_FOLDER={torch_folder}"]
         if "CXX" not in os.environ:  # CMake reads CXX itself, arguments included
             options.append(f"-DCMAKE_CXX_COMPILER={compiler[0]}")
         how = {"cpu": f"built by {first_line(*compiler, '--version')} against torch {torch_version}"}
         if skipped()["cuda"] is None:
-            nvcc = find_nvcc()
+            assert nvcc is not None, "without nvcc the part is skipped"
             architectures = ";".join(cuda_architectures(nvcc))
             options += [f"-DCMAKE_CUDA_COMPILER={nvcc}", f"-DCMAKE_CUDA_ARCHITECTURES={architectures}"]
             how["cuda"] = f"built by {nvcc_release(nvcc)} against torch {torch_version}"
 
+        jobs = max_jobs()
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
         options += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DCMAKE_BUILD_TYPE=Release"]
         # A cache made with other tools, say those of a build environment that is gone, cannot be continued.
@@ -213,7 +217,7 @@ class BuildNative(Command):
             tools.write_text(described, encoding="utf-8")
         try:
             subprocess.run([cmake, "-S", str(ROOT), "-B", str(work), *options], check=True)
-            subprocess.run([cmake, "--build", str(work), "--parallel", str(max_jobs())], check=True)
+            subprocess.run([cmake, "--build", str(work), "--parallel", str(jobs)], check=True)
         except subprocess.CalledProcessError as error:
             raise CompileError(
                 "csrc/ did not compile; the compiler's message is above. BEIT3_FAST_CPP=0 installs without it"
@@ -234,7 +238,7 @@ class BuildNative(Command):
 
 
 class Build(build):
-    sub_commands = [*build.sub_commands, ("build_native", None)]
+    sub_commands: ClassVar = [*build.sub_commands, ("build_native", None)]
 
     def run(self) -> None:
         # What an earlier build left here would go into the wheel: files since deleted, a library since switched off.
@@ -262,6 +266,9 @@ def packages() -> list[str]:
             found += [f"beit3_fast.{folder}", *(f"beit3_fast.{folder}.{name}" for name in find_packages(folder))]
     return found
 
+
+# A checkout is where an editable install is meant to be used: the warning about its folders is for others.
+warnings.filterwarnings("ignore", message="Editable installation")
 
 setup(
     packages=packages(),

@@ -61,6 +61,8 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
             without a state dict.
     """
     path = Path(path)
+    if path.is_dir():
+        raise CheckpointError(f"checkpoint {str(path)!r} is a directory, expected a .pth or .safetensors file")
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
     if path.suffix == ".safetensors":
@@ -76,14 +78,14 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         with torch.serialization.safe_globals([argparse.Namespace]):
             stored = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
+        # PyTorch's own words advise to load the file unsafely
         found = re.search(r"GLOBAL (\S+)", str(error))
-        reason = f"it refers to {found[1]}" if found else str(error).splitlines()[0]
+        reason = f"it refers to {found[1]}" if found else "unsupported pickle instructions"
         raise CheckpointError(
             f"{path} was refused: it is damaged or holds pickled code, which is never executed here ({reason})"
         ) from error
-    except (RuntimeError, EOFError, ValueError, OSError, KeyError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint ({reason})") from error
+    except Exception as error:  # a damaged pickle makes the unpickler fail in any way
+        raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint ({type(error).__name__})") from error
     if isinstance(stored, Mapping):
         for key in ("model", "module"):
             if isinstance(stored.get(key), Mapping):
@@ -91,9 +93,13 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
                 break
     if not isinstance(stored, Mapping) or not stored:
         raise CheckpointError(f"{path} holds a {type(stored).__name__}, expected a state dict")
-    strange = [str(key) for key, value in stored.items() if not isinstance(key, str) or not isinstance(value, Tensor)]
+    strange = [
+        str(key)
+        for key, value in stored.items()
+        if not isinstance(key, str) or not isinstance(value, Tensor) or value.layout != torch.strided or value.is_meta
+    ]
     if strange:
-        raise CheckpointError(f"{path} holds entries that are not tensors: {_some(strange)}")
+        raise CheckpointError(f"{path} holds entries that are not plain tensors: {_some(strange)}")
     return dict(stored)
 
 
@@ -117,23 +123,29 @@ def inspect(state_dict: Mapping[str, Tensor]) -> CheckpointInfo:
     if grid == 0 or grid**2 + _UNPATCHED_ROWS != state_dict[VISION_POSITIONS].shape[0]:
         raise CheckpointError(f"{VISION_POSITIONS} has {state_dict[VISION_POSITIONS].shape[0]} rows: not a square grid")
     layers = "beit3.encoder.layers."
-    depths = {int(key[len(layers) :].split(".")[0]) for key in state_dict if key.startswith(layers)}
-    if not depths:
-        raise CheckpointError("not a BEiT-3 checkpoint: it has no encoder layers")
-    config = EncoderConfig(
-        encoder_embed_dim=width,
-        encoder_attention_heads=max(width // _HEAD_DIMS.get(width, 64), 1),
-        encoder_ffn_embed_dim=tensor(f"{layers}0.ffn.A.fc1.weight", 2).shape[0],
-        encoder_layers=max(depths) + 1,
-        normalize_output="beit3.encoder.layer_norm.A.weight" in state_dict,
-        max_source_positions=tensor("beit3.encoder.embed_positions.B.weight", 2).shape[0],
-        vocab_size=vocab_size,
-        img_size=grid * patch_size,
-        patch_size=patch_size,
-        in_chans=in_chans,
-        shared_attention=f"{layers}0.self_attn.q_proj.weight" in state_dict,
-        vl_ffn_layers=sum(f"{layers}{depth}.ffn.VL.fc1.weight" in state_dict for depth in depths),
-    )
+    depths = {key[len(layers) :].split(".")[0] for key in state_dict if key.startswith(layers)}
+    if not depths or depths != {str(depth) for depth in range(len(depths))}:
+        raise CheckpointError(f"not a BEiT-3 checkpoint: its encoder layers are {_some(sorted(depths)) or 'none'}")
+    heads, rest = divmod(width, _HEAD_DIMS.get(width, 64))
+    try:
+        config = EncoderConfig(
+            encoder_embed_dim=width,
+            encoder_attention_heads=1 if rest else heads,
+            encoder_ffn_embed_dim=tensor(f"{layers}0.ffn.A.fc1.weight", 2).shape[0],
+            encoder_layers=len(depths),
+            normalize_output="beit3.encoder.layer_norm.A.weight" in state_dict,
+            max_source_positions=tensor("beit3.encoder.embed_positions.B.weight", 2).shape[0],
+            vocab_size=vocab_size,
+            img_size=grid * patch_size,
+            patch_size=patch_size,
+            in_chans=in_chans,
+            shared_attention=f"{layers}0.self_attn.q_proj.weight" in state_dict,
+            vl_ffn_layers=sum(f"{layers}{depth}.ffn.VL.fc1.weight" in state_dict for depth in depths),
+        )
+    except CheckpointError:
+        raise
+    except ValueError as error:
+        raise CheckpointError(f"not a BEiT-3 checkpoint: {error}") from error
     # a key that only this head has, and the tensor whose rows are its classes
     marks = {
         "retrieval": ("language_head.weight", None),
@@ -145,6 +157,8 @@ def inspect(state_dict: Mapping[str, Tensor]) -> CheckpointInfo:
     }
     for head, (mark, classes) in marks.items():
         if mark in state_dict:
+            if head == "imageclassification" and classes not in state_dict:
+                return CheckpointInfo(head, config, 0)
             return CheckpointInfo(head, config, None if classes is None else tensor(classes, 2).shape[0])
     raise CheckpointError(
         f"no known head among the checkpoint's keys; expected one of {[m for m, _ in marks.values()]}"
@@ -165,7 +179,7 @@ def resize_positions(table: Tensor, img_size: int, patch_size: int) -> Tensor:
     """
     kept, patches = table[:_UNPATCHED_ROWS], table[_UNPATCHED_ROWS:]
     grid, new_grid = math.isqrt(patches.shape[0]), img_size // patch_size
-    if grid == new_grid:
+    if grid == new_grid or not grid or patches.shape[0] != grid**2:
         return table
     square = patches.float().view(1, grid, grid, -1).permute(0, 3, 1, 2)
     resized = F.interpolate(square, size=(new_grid, new_grid), mode="bicubic", align_corners=False)
@@ -201,7 +215,9 @@ def load_model(
         TypeError, ValueError: a bad argument, named in the message.
     """
     if head is not None and head not in HEADS:
-        raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}{nearest(head, list(HEADS))}")
+        raise ValueError(f"head must be one of {', '.join(HEADS)}, got {head!r}{nearest(str(head), list(HEADS))}")
+    if num_classes is not None and (not isinstance(num_classes, int) or num_classes < 1):
+        raise ValueError(f"num_classes must be a positive int, got {num_classes!r}")
     if image_size is not None:
         overrides["img_size"] = image_size
     known = list(EncoderConfig.__dataclass_fields__)
@@ -218,9 +234,11 @@ def load_model(
     classes: dict[str, Any] = {}
     if spec.num_classes is not None:
         found = spec.num_classes if new_head or info.num_classes is None else info.num_classes
-        classes["num_classes"] = num_classes or found
+        classes["num_classes"] = found if num_classes is None else num_classes
     elif num_classes is not None:
         raise ValueError(f"num_classes must be None: a {head or info.head} model has no classes")
+    if info.head == "pretraining" and not new_head:
+        classes["num_visual_tokens"] = state_dict["mim_head.weight"].shape[0]
     model = spec.model(config, **classes)
     fresh_head = new_head or classes.get("num_classes") != info.num_classes
     load_state_dict(model, state_dict, source=str(path), free=_outside_backbone if fresh_head else None)
@@ -267,9 +285,10 @@ def load_state_dict(
     state_dict = dict(state_dict)
     if backbone is not None and VISION_POSITIONS in state_dict:
         config = backbone.config
-        state_dict[VISION_POSITIONS] = resize_positions(
-            state_dict[VISION_POSITIONS], config.img_size, config.patch_size
-        )
+        if state_dict[VISION_POSITIONS].ndim == 2:
+            state_dict[VISION_POSITIONS] = resize_positions(
+                state_dict[VISION_POSITIONS], config.img_size, config.patch_size
+            )
     expected = model.state_dict()
     fitting = {
         key: value for key, value in state_dict.items() if key in expected and value.shape == expected[key].shape
@@ -309,8 +328,10 @@ def save_checkpoint(model: nn.Module | Mapping[str, Tensor], path: str | os.Path
     if path.suffix not in (".safetensors", ".pth"):
         raise ValueError(f"path must end in .safetensors or .pth, got {str(path)!r}")
     tensors = model.state_dict() if isinstance(model, nn.Module) else model
+    if not isinstance(tensors, Mapping) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise TypeError(f"model must be a module or a mapping of names to tensors, got {type(model).__name__}")
     # keys are views into fused parameters: a file holds each by itself
-    tensors = {key: value.detach().cpu().clone() for key, value in tensors.items()}
+    tensors = {key: value.detach().cpu().clone(memory_format=torch.contiguous_format) for key, value in tensors.items()}
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     os.close(handle)
     try:

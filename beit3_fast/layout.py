@@ -12,6 +12,7 @@ split and no concatenation. Attention sees one virtual sequence per sample,
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -26,15 +27,25 @@ def _to_device(host: Tensor, device: torch.device) -> Tensor:
     return host.to(device)
 
 
-def _lengths(name: str, lengths: Sequence[int] | Tensor, batch_size: int | None) -> list[int]:
+def host_lengths(name: str, lengths: Sequence[int] | Tensor, batch_size: int | None = None) -> list[int]:
+    """Lengths as a list of ints >= 0, one per sample.
+
+    Raises:
+        TypeError, ValueError: not ints, negative, of another count, or on a device; ``name`` is in the message.
+    """
     if isinstance(lengths, Tensor):
         if lengths.device.type != "cpu":
             raise ValueError(
                 f"{name} must be known on the host (a sequence of ints or a CPU tensor), got a tensor on "
                 f"{lengths.device}; a padding mask on the device goes to TokenLayout.from_padding"
             )
+        if lengths.ndim != 1:
+            raise ValueError(f"{name} must be one-dimensional, got shape {tuple(lengths.shape)}")
         lengths = lengths.tolist()
-    values = [int(length) for length in lengths]
+    try:
+        values = [operator.index(length) for length in lengths]
+    except TypeError:
+        raise TypeError(f"{name} must be a sequence of ints, one per sample, got {lengths!r}") from None
     if any(length < 0 for length in values):
         raise ValueError(f"{name} must not be negative, got {values}")
     if batch_size is not None and len(values) != batch_size:
@@ -46,6 +57,8 @@ def _width(name: str, width: int | None, lengths: list[int]) -> int:
     longest = max(lengths, default=0)
     if width is None:
         return longest
+    if not isinstance(width, int):
+        raise TypeError(f"{name} must be an int, got {width!r}")
     if width < longest:
         raise ValueError(f"{name} must be at least the longest length ({longest}), got {width}")
     return width
@@ -101,8 +114,8 @@ class TokenLayout:
             ValueError: empty batch, negative lengths, unequal counts, a width below the longest length, lengths on a
                 GPU.
         """
-        vision = _lengths("vision_lengths", vision_lengths, None)
-        text = _lengths("text_lengths", text_lengths, len(vision))
+        vision = host_lengths("vision_lengths", vision_lengths)
+        text = host_lengths("text_lengths", text_lengths, len(vision))
         if not vision:
             raise ValueError("vision_lengths and text_lengths describe an empty batch; at least one sample is needed")
         vision_width = _width("vision_width", vision_width, vision)
@@ -139,6 +152,10 @@ class TokenLayout:
         if not isinstance(text_padding, Tensor) or text_padding.is_floating_point() or text_padding.is_complex():
             got = text_padding.dtype if isinstance(text_padding, Tensor) else type(text_padding).__name__
             raise TypeError(f"text_padding must be a bool or integer tensor (1 = padding), got {got}")
+        if not isinstance(vision_tokens, int):
+            raise TypeError(f"vision_tokens must be an int, got {vision_tokens!r}")
+        if vision_tokens < 0:
+            raise ValueError(f"vision_tokens must not be negative, got {vision_tokens}")
         if text_padding.ndim != 2 or text_padding.shape[0] == 0:
             raise ValueError(
                 f"text_padding must have shape (batch, tokens), batch > 0; got {tuple(text_padding.shape)}"
@@ -219,7 +236,15 @@ class TokenLayout:
         return torch.arange(self.batch_size * width, device=self.device) if source is None else source
 
     def pack_text(self, columns: Tensor) -> Tensor:
-        """(B, text_width, ...) -> (num_text_rows, ...): the text part of :meth:`pack`, e.g. for token ids."""
+        """(B, text_width, ...) -> (num_text_rows, ...): the text part of :meth:`pack`, e.g. for token ids.
+
+        Raises:
+            ValueError: columns does not start with (batch_size, text_width).
+        """
+        if columns.shape[:2] != (self.batch_size, self.text_width):
+            raise ValueError(
+                f"columns must have shape ({self.batch_size}, {self.text_width}, ...), got {tuple(columns.shape)}"
+            )
         flat = columns.flatten(0, 1)
         return flat if self.text_source is None else flat.index_select(0, self.text_source)
 
@@ -242,8 +267,7 @@ class TokenLayout:
         Raises:
             ValueError: rows does not start with num_rows.
         """
-        if rows.shape[0] != self.num_rows:
-            raise ValueError(f"rows must have {self.num_rows} rows, got {tuple(rows.shape)}")
+        self._check_rows(rows)
         vision, text = rows.split([self.num_vision_rows, self.num_text_rows])
         if self.text_lengths is None:  # rows past the last offset are unused: they must not reach the output
             used = torch.arange(self.num_vision_rows, self.num_rows, device=rows.device) < self.expert_offsets[-1]
@@ -256,6 +280,10 @@ class TokenLayout:
             dim=1,
         )
 
+    def _check_rows(self, rows: Tensor) -> None:
+        if rows.ndim == 0 or rows.shape[0] != self.num_rows:
+            raise ValueError(f"rows must have {self.num_rows} rows, got {tuple(rows.shape)}")
+
     def _scatter(self, rows: Tensor, source: Tensor | None, width: int) -> Tensor:
         if source is not None:
             flat = rows.new_zeros(self.batch_size * width, *rows.shape[1:])
@@ -267,7 +295,13 @@ class TokenLayout:
 
         Args:
             part: "vision" (the image's CLS token) or "text" (the text's BOS token).
+
+        Raises:
+            ValueError: another part, or rows of another count.
         """
+        if part not in ("vision", "text"):
+            raise ValueError(f"part must be 'vision' or 'text', got {part!r}")
+        self._check_rows(rows)
         start, length = (self.vision_start, self.vision_len) if part == "vision" else (self.text_start, self.text_len)
         if self.num_rows == 0:
             return rows.new_zeros(self.batch_size, *rows.shape[1:])

@@ -13,6 +13,9 @@ from ..layout import TokenLayout
 from .config import EncoderConfig
 from .embedding import VisionEmbedding
 from .encoder import Encoder, KeyValueStore
+from .inputs import InputNames, check_attention_mask, check_inputs
+
+PUBLIC_NAMES = InputNames(image="visual_tokens", text="textual_tokens", padding="text_padding_position")
 
 
 class BEiT3(nn.Module):
@@ -43,6 +46,7 @@ class BEiT3(nn.Module):
         mask: str | Tensor = "full",
         text_lengths: Sequence[int] | None = None,
         vision_masked_position: Tensor | None = None,
+        names: InputNames = InputNames(),  # noqa: B008  (frozen)
     ) -> tuple[Tensor, TokenLayout]:
         """Encoded rows in expert order and their layout; padded text takes no part.
 
@@ -53,6 +57,7 @@ class BEiT3(nn.Module):
             mask: as :func:`beit3_fast.ops.attention` takes it.
             text_lengths: valid tokens of each (right-padded) text, on the host: then nothing waits for the device.
             vision_masked_position: (B, patches), 1 = masked.
+            names: what the caller calls these inputs, for error messages.
 
         Returns:
             rows (N, D), layout.
@@ -60,6 +65,7 @@ class BEiT3(nn.Module):
         Raises:
             TypeError, ValueError: bad input, named in the message.
         """
+        self.check_inputs(image, text, text_padding, text_lengths, names)
         layout = self._layout(image, text, text_padding, text_lengths)
         vision, words = self._embed(image, text, layout, vision_masked_position)
         return self._encode(vision, words, layout, mask), layout
@@ -121,12 +127,18 @@ class BEiT3(nn.Module):
         Raises:
             TypeError, ValueError: bad input, named in the message.
         """
+        self.check_inputs(visual_tokens, textual_tokens, text_padding_position, text_lengths, PUBLIC_NAMES)
         dense = incremental_state is not None or positions is not None
-        if dense:
-            self._check_dense(visual_tokens, textual_tokens, text_padding_position, incremental_state, positions)
+        if positions is not None and visual_tokens is not None:
+            raise ValueError("positions must be None when visual_tokens is given: they index the text position table")
+        if positions is not None and incremental_state is None and text_padding_position is not None:
+            raise ValueError("positions must be None when text_padding_position is given")
         layout = self._layout(
             visual_tokens, textual_tokens, None if dense else text_padding_position, None if dense else text_lengths
         )
+        if attn_mask is not None:
+            earlier = (incremental_state or {}).get(0, {}).get("prev_key")
+            check_attention_mask(attn_mask, layout.width, layout.width + (0 if earlier is None else earlier.shape[2]))
         vision, words = self._embed(visual_tokens, textual_tokens, layout, vision_masked_position)
         if dense:
             encoded = self._encode_dense(
@@ -148,21 +160,6 @@ class BEiT3(nn.Module):
             "l_aux": [None] * self.encoder.num_layers,
             "multiway_split_position": -1 if textual_tokens is None else layout.vision_width,
         }
-
-    def _check_dense(
-        self,
-        image: Tensor | None,
-        text: Tensor | None,
-        text_padding: Tensor | None,
-        incremental_state: dict[int, dict[str, Tensor]] | None,
-        positions: Tensor | None,
-    ) -> None:
-        if positions is not None and image is not None:
-            raise ValueError("positions must be None when an image is given: they index the text position table")
-        if incremental_state is None and text_padding is not None:
-            raise ValueError("positions must be None when text_padding_position is given")
-        if text_padding is not None:
-            self._check_padding(text, text_padding)
 
     def _encode_dense(
         self,
@@ -188,6 +185,18 @@ class BEiT3(nn.Module):
                 words, text_positions = words * kept, text_positions * kept
         return self._encode(vision, words, layout, store=store, text_positions=text_positions)
 
+    def check_inputs(
+        self,
+        image: Tensor | None,
+        text: Tensor | None,
+        text_padding: Tensor | None = None,
+        text_lengths: Sequence[int] | None = None,
+        names: InputNames = InputNames(),  # noqa: B008  (frozen)
+    ) -> None:
+        """Refuse inputs that this model cannot take, under the caller's names; see ``inputs.py``."""
+        dtype = self.vision_embed.proj.weight.dtype
+        check_inputs(self.config, dtype, image, text, text_padding, text_lengths, names)
+
     def _layout(
         self,
         image: Tensor | None,
@@ -195,67 +204,18 @@ class BEiT3(nn.Module):
         text_padding: Tensor | None,
         text_lengths: Sequence[int] | None,
     ) -> TokenLayout:
-        if image is None and text is None:
-            raise ValueError("an image or a text is needed, got neither")
         vision_tokens = 0 if image is None else self.vision_embed.num_position_embeddings()
         if text is None:
-            batch_size = len(image)  # type: ignore[arg-type]
-            if batch_size == 0:
-                raise ValueError("image is an empty batch; at least one sample is needed")
-            return TokenLayout.from_lengths([vision_tokens] * batch_size, [0] * batch_size, device=image.device)  # type: ignore[union-attr]
-        self._check_text(text)
+            assert image is not None
+            return TokenLayout.from_lengths([vision_tokens] * len(image), [0] * len(image), device=image.device)
         batch_size, width = text.shape
-        if image is not None and len(image) != batch_size:
-            raise ValueError(f"image and text must have one batch size, got {len(image)} and {batch_size}")
-        if text_padding is not None:
-            self._check_padding(text, text_padding)
         if text_lengths is not None:
-            layout = TokenLayout.from_lengths(
+            return TokenLayout.from_lengths(
                 [vision_tokens] * batch_size, text_lengths, text_width=width, device=text.device
             )
-            if text_padding is not None and text_padding.device.type == "cpu":
-                valid = (text_padding == 0).sum(1).tolist()
-                if valid != list(text_lengths):
-                    raise ValueError(f"text_lengths {list(text_lengths)} disagree with the padding mask's {valid}")
-            return layout
         if text_padding is not None:
             return TokenLayout.from_padding(text_padding, vision_tokens=vision_tokens, device=text.device)
         return TokenLayout.from_lengths([vision_tokens] * batch_size, [width] * batch_size, device=text.device)
-
-    def _check_text(self, text: Tensor) -> None:
-        if not isinstance(text, Tensor) or text.dtype not in (torch.int64, torch.int32):
-            got = text.dtype if isinstance(text, Tensor) else type(text).__name__
-            raise TypeError(f"text must be an int64 or int32 tensor of token ids, got {got}")
-        if text.ndim != 2 or 0 in text.shape:
-            raise ValueError(f"text must have shape (batch, tokens), neither empty; got {tuple(text.shape)}")
-        longest = self.config.max_source_positions - self.encoder.embed_positions.FIRST
-        if text.shape[1] > longest:
-            raise ValueError(f"text must have at most {longest} tokens (the position table), got {text.shape[1]}")
-        if text.device.type == "cpu" and not torch.compiler.is_compiling():  # a look at a GPU tensor would be a wait
-            low, high = text.aminmax()
-            if low < 0 or high >= self.config.vocab_size:
-                raise ValueError(
-                    f"text must hold token ids in [0, {self.config.vocab_size}), "
-                    f"got values from {int(low)} to {int(high)}"
-                )
-
-    @staticmethod
-    def _check_padding(text: Tensor | None, padding: Tensor) -> None:
-        shape = None if text is None else text.shape
-        if not isinstance(padding, Tensor) or padding.shape != shape:
-            got = tuple(padding.shape) if isinstance(padding, Tensor) else type(padding).__name__
-            raise ValueError(
-                f"padding_mask must have the text's shape {None if shape is None else tuple(shape)}, got {got}"
-            )
-        if padding.device.type == "cpu" and not torch.compiler.is_compiling():
-            padded = padding != 0
-            inverted = padded[:, 0] & ~padded.all(dim=1)
-            if inverted.any():
-                row = int(inverted.nonzero()[0])
-                raise ValueError(
-                    f"padding_mask: 1 = padding, but row {row} pads its first token and not its others; "
-                    "is the mask inverted?"
-                )
 
 
 class IncrementalState:

@@ -24,6 +24,7 @@ _FIXED = {
     "multiway": True,
     "share_encoder_input_output_embed": False,
     "fsdp": False,
+    "no_output_layer": True,
     "xpos_rel_pos": False,
 }
 # Options that have no effect on a BEiT-3 encoder, whatever their value.
@@ -37,13 +38,12 @@ _IGNORED = {
     "use_xmoe",
     "ddp_rank",
     "xpos_scale_base",
-    "no_output_layer",
 }
 
 
 def nearest(name: str, known: list[str]) -> str:
     """ " Did you mean ...?" for a misspelt name, or nothing."""
-    matches = difflib.get_close_matches(name, known, n=3, cutoff=0.5)
+    matches = difflib.get_close_matches(name.lower(), known, n=3, cutoff=0.5)
     return f"; did you mean {' or '.join(matches)}?" if matches else ""
 
 
@@ -97,6 +97,14 @@ class EncoderConfig:
             )
         if self.img_size % self.patch_size:
             raise ValueError(f"img_size must be a multiple of patch_size ({self.patch_size}), got {self.img_size}")
+        for name in ("max_source_positions", "vl_ffn_layers"):
+            if not isinstance(getattr(self, name), int):
+                raise TypeError(f"{name} must be an int, got {getattr(self, name)!r}")
+        for name in ("drop_path_rate", "layernorm_eps"):
+            if not isinstance(getattr(self, name), (int, float)):
+                raise TypeError(f"{name} must be a float, got {getattr(self, name)!r}")
+        if not self.layernorm_eps > 0:
+            raise ValueError(f"layernorm_eps must be positive, got {self.layernorm_eps}")
         if self.max_source_positions < 3:
             raise ValueError(f"max_source_positions must be at least 3, got {self.max_source_positions}")
         if not 0.0 <= self.drop_path_rate < 1.0:

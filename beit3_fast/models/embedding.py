@@ -28,22 +28,8 @@ class VisionEmbedding(nn.Module):
         """(B, C, H, W) -> (B, 1 + patches, D); masked_position (B, patches), 1 = replaced by the mask token.
 
         Raises:
-            TypeError: not a floating-point image, or not in the parameters' dtype (outside autocast).
-            ValueError: not of the model's size, an empty batch, or a mask of another shape.
+            ValueError: a mask of another shape. The image itself is checked in ``inputs.py``.
         """
-        if not isinstance(x, Tensor) or not x.is_floating_point():
-            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
-            raise TypeError(f"image must be a floating-point tensor (normalised pixels), got {got}")
-        if x.dtype != self.proj.weight.dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(f"image must have the model's dtype {self.proj.weight.dtype}, got {x.dtype}")
-        channels = self.proj.in_channels
-        if x.ndim != 4 or x.shape[1:] != (channels, *self.img_size):
-            raise ValueError(
-                f"image must have shape (batch, {channels}, {self.img_size[0]}, {self.img_size[1]}), "
-                f"got {tuple(x.shape)}; load_model(path, image_size=...) gives a model of another image size"
-            )
-        if x.shape[0] == 0:
-            raise ValueError("image is an empty batch; at least one sample is needed")
         tokens = self.proj(x).flatten(2).transpose(1, 2)  # [B, patches, D]
         if masked_position is not None:
             if masked_position.shape != tokens.shape[:2]:

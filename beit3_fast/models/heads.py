@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from ..layout import TokenLayout
 from .beit3 import BEiT3
 from .generation import BeamCache, Captions, ImagePrefix, beam_search
+from .inputs import InputNames
 from .losses import ClipLoss
 from .modules import MultiwayLayerNorm, MultiwayLinear
 from .released_keys import released_names
@@ -136,9 +137,9 @@ class BEiT3ForVisualReasoning(BEiT3Wrapper):
         **kwargs: Any,
     ) -> Tensor:
         """Images (B, C, H, W), text (B, T), padding (B, T) with 1 = padding -> logits (B, num_classes)."""
-        if image_a.shape != image_b.shape:
-            raise ValueError(
-                f"image_a and image_b must have one shape, got {tuple(image_a.shape)} and {tuple(image_b.shape)}"
+        for name, image in (("image_a", image_a), ("image_b", image_b)):
+            self.beit3.check_inputs(
+                image, text_description, padding_mask, text_lengths, InputNames(name, "text_description")
             )
         rows, layout = self.beit3.encode(
             torch.cat([image_a, image_b]),
@@ -202,6 +203,8 @@ class BEiT3ForCaptioning(BEiT3Wrapper):
         Returns:
             logits (masked positions, vocabulary) or (B, T, vocabulary), and the incremental state.
         """
+        names = InputNames(text="text_ids")
+        self.beit3.check_inputs(image, text_ids, padding_mask if image is not None else None, text_lengths, names)
         if language_masked_pos is not None and language_masked_pos.shape != text_ids.shape:
             raise ValueError(
                 f"language_masked_pos must have the text's shape {tuple(text_ids.shape)}, "
@@ -211,7 +214,12 @@ class BEiT3ForCaptioning(BEiT3Wrapper):
             text_feats = self._incremental(image, text_ids, padding_mask, text_len, incremental_state)
         else:
             rows, layout = self.beit3.encode(
-                image, text_ids, padding_mask, mask="captioning", text_lengths=text_lengths
+                image,
+                text_ids,
+                padding_mask,
+                mask="captioning",
+                text_lengths=text_lengths,
+                names=names,
             )
             text_feats = layout.unpack(rows)[:, layout.vision_width :]
         if language_masked_pos is not None:
@@ -288,6 +296,7 @@ class BEiT3ForCaptioning(BEiT3Wrapper):
         for name, token in special.items():
             if not 0 <= token < config.vocab_size:
                 raise ValueError(f"{name} must lie in [0, {config.vocab_size}), got {token}")
+        self.beit3.check_inputs(image, None, None)
         layout = TokenLayout.from_lengths(
             [self.beit3.vision_embed.num_position_embeddings()] * len(image), [0] * len(image), device=image.device
         )
@@ -344,7 +353,9 @@ class BEiT3ForVisualQuestionAnswering(BEiT3Wrapper):
         **kwargs: Any,
     ) -> Tensor:
         """Image (B, C, H, W), question (B, T), padding (B, T) with 1 = padding -> logits (B, num_classes)."""
-        rows, layout = self.beit3.encode(image, question, padding_mask, text_lengths=text_lengths)
+        rows, layout = self.beit3.encode(
+            image, question, padding_mask, text_lengths=text_lengths, names=InputNames(text="question")
+        )
         return self.head(self.pooler(layout.first_rows(rows, "vision")))
 
 
@@ -381,16 +392,20 @@ class BEiT3ForRetrieval(BEiT3Wrapper):
             modality.
         """
         vision = language = None
+        names = InputNames(text="text_description")
+        self.beit3.check_inputs(image, text_description, padding_mask, text_lengths, names)
+        if not only_infer and (image is None or text_description is None):
+            raise ValueError("image and text_description must both be given for the loss; only_infer=True takes one")
         if image is not None:
             rows, layout = self.beit3.encode(image, None)
             vision = F.normalize(self.vision_head(layout.first_rows(rows, "vision")), dim=-1)
         if text_description is not None:
-            rows, layout = self.beit3.encode(None, text_description, padding_mask, text_lengths=text_lengths)
+            rows, layout = self.beit3.encode(
+                None, text_description, padding_mask, text_lengths=text_lengths, names=names
+            )
             language = F.normalize(self.language_head(layout.first_rows(rows, "text")), dim=-1)
         if only_infer:
             return vision, language
-        if vision is None or language is None:
-            raise ValueError("image and text_description must both be given for the loss; only_infer=True takes one")
         loss, _, _ = self.criterion(vision, language, self.logit_scale.exp())
         return loss, vision, language
 
@@ -432,6 +447,7 @@ class BEiT3ForPretraining(BEiT3Wrapper):
             padding_mask,
             text_lengths=text_lengths,
             vision_masked_position=vision_masked_position,
+            names=InputNames(text="text_ids"),
         )
         vision, text = layout.unpack(rows).split([layout.vision_width, layout.text_width], dim=1)
         patches = words = None

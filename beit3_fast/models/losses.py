@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 
 import torch
-import torch.distributed.nn.functional as distributed
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -30,6 +29,8 @@ class ClipLoss(nn.Module):
         """(B, D), (B, D) unit rows, scalar -> loss, logits_per_image, logits_per_text (B, B * world_size)."""
         all_image, all_text = image_features, text_features
         if self.world_size > 1:
+            import torch.distributed.nn.functional as distributed  # not in every build of PyTorch
+
             all_image = torch.cat(distributed.all_gather(image_features))
             all_text = torch.cat(distributed.all_gather(text_features))
         logits_per_image = logit_scale * image_features @ all_text.T

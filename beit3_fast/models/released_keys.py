@@ -7,6 +7,7 @@ ways, so that checkpoints and strict loading see the released keys alone.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import Any
 
@@ -75,7 +76,8 @@ def _fuse(
         parameter = module.get_parameter(piece.stored)
         arrived = found.get(piece.stored, [])
         if len(arrived) == piece.count:
-            fused = torch.empty_like(parameter, dtype=arrived[0][1].dtype, device=arrived[0][1].device)
+            dtype = functools.reduce(torch.promote_types, [value.dtype for _, value in arrived])
+            fused = torch.empty_like(parameter, dtype=dtype, device=arrived[0][1].device)
         else:  # what is missing keeps its present value
             fused = parameter.detach().clone()
         for part, value in arrived:

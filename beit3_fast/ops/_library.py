@@ -55,8 +55,8 @@ def autocast(op: torch._ops.OpOverload, arguments: Sequence[str]) -> None:
         _LIBRARY.impl(name, kernel, key)
 
 
-def segments(expert_offsets: Tensor, num_rows: int) -> Iterator[tuple[int, slice]]:
-    """(expert, rows) for every expert that has rows, from offsets read on the host.
+def segments(expert_offsets: Tensor, num_rows: int, *, all_experts: bool = False) -> Iterator[tuple[int, slice]]:
+    """(expert, rows) for every expert that has rows (or for all), from offsets read on the host.
 
     Raises:
         ValueError: offsets that do not start at 0, decrease, or exceed num_rows.
@@ -65,7 +65,7 @@ def segments(expert_offsets: Tensor, num_rows: int) -> Iterator[tuple[int, slice
     if offsets[0] != 0 or offsets[-1] > num_rows or any(a > b for a, b in pairwise(offsets)):
         raise ValueError(f"expert_offsets must rise from 0 to at most {num_rows} (the rows of x), got {offsets}")
     for expert, (start, stop) in enumerate(pairwise(offsets)):
-        if start < stop:
+        if start < stop or all_experts:
             yield expert, slice(start, stop)
 
 
@@ -80,20 +80,35 @@ def empty(like: Tensor) -> Tensor:
 
 
 def check_rows(x: Tensor) -> None:
-    if not isinstance(x, Tensor):
-        raise TypeError(f"x must be a tensor, got {type(x).__name__}")
+    check_tensors(x=x)
     if x.ndim != 2 or not x.is_floating_point():
         raise ValueError(f"x must be floating-point rows of shape (N, width), got {tuple(x.shape)} {x.dtype}")
 
 
+def check_tensors(**arguments: Any) -> None:
+    for name, value in arguments.items():
+        if not isinstance(value, Tensor):
+            raise TypeError(f"{name} must be a tensor, got {type(value).__name__}")
+
+
+def check_eps(eps: float) -> None:
+    if not isinstance(eps, (int, float)):
+        raise TypeError(f"eps must be a number, got {type(eps).__name__}")
+    if not eps >= 0:
+        raise ValueError(f"eps must not be negative, got {eps}")
+
+
 def check_parameter(name: str, value: Tensor, shape: tuple[int | None, ...], x: Tensor) -> None:
-    """A parameter has the expected shape (None = any) and lies beside x."""
+    """A floating-point tensor of the expected shape (None = any) beside x."""
+    check_tensors(**{name: value})
     fits = value.ndim == len(shape) and all(
         want is None or want == got for want, got in zip(shape, value.shape, strict=True)
     )
     if not fits:
         wanted = ", ".join("*" if size is None else str(size) for size in shape)
         raise ValueError(f"{name} must have shape ({wanted}), got {tuple(value.shape)}")
+    if not value.is_floating_point():
+        raise ValueError(f"{name} must be floating-point, got {value.dtype}")
     if value.device != x.device:
         raise ValueError(f"{name} must be on x's device {x.device}, got {value.device}")
 
@@ -108,6 +123,7 @@ def check_same_dtype(x: Tensor, **others: Tensor | None) -> None:
 
 
 def check_offsets(expert_offsets: Tensor, num_experts: int, x: Tensor) -> None:
+    check_tensors(expert_offsets=expert_offsets)
     if expert_offsets.dtype != torch.int32 or expert_offsets.shape != (num_experts + 1,):
         raise ValueError(
             f"expert_offsets must be int32 with {num_experts + 1} entries (experts + 1), "
@@ -115,6 +131,8 @@ def check_offsets(expert_offsets: Tensor, num_experts: int, x: Tensor) -> None:
         )
     if expert_offsets.device != x.device:
         raise ValueError(f"expert_offsets must be on x's device {x.device}, got {expert_offsets.device}")
+    if x.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU a look would be a wait
+        next(segments(expert_offsets, x.shape[0]), None)
 
 
 def check_residual(residual: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:
@@ -125,6 +143,7 @@ def check_residual(residual: Tensor | None, shape: tuple[int, ...], x: Tensor) -
 def check_row_index(row_index: Tensor | None, x: Tensor) -> None:
     if row_index is None:
         return
+    check_tensors(row_index=row_index)
     if row_index.dtype not in (torch.int32, torch.int64) or row_index.shape != (x.shape[0],):
         raise ValueError(
             f"row_index must be int32 or int64 of shape ({x.shape[0]},), one entry per row of x; "

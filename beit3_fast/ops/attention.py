@@ -34,7 +34,7 @@ def attention(
         num_heads: H.
         mask: "full"; "captioning" (image sees image; text sees image and earlier text, itself included: ``uni_mask`` of
             the public ``BEiT3ForCaptioning``); "causal"; or a bool or integer tensor (S, S) over positions of the
-            virtual sequence, S >= the longest sample, 1/True = forbidden. A query that may see no key gives zeros.
+            virtual sequence, S >= layout.width, 1/True = forbidden. A query that may see no key gives zeros.
         scale: of the scores; ``d ** -0.5`` by default.
 
     Returns:
@@ -43,11 +43,21 @@ def attention(
     Raises:
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, named in the message.
     """
+    if not isinstance(layout, TokenLayout):
+        raise TypeError(f"layout must be a TokenLayout, got {type(layout).__name__}")
     if not isinstance(qkv, Tensor):
-        if len(qkv) != 3 or qkv[0].shape != qkv[1].shape or qkv[0].shape != qkv[2].shape:
-            raise ValueError(f"qkv must be one tensor or three of one shape, got {[tuple(t.shape) for t in qkv]}")
+        if not isinstance(qkv, (tuple, list)) or not all(isinstance(part, Tensor) for part in qkv):
+            raise TypeError(f"qkv must be a tensor or three tensors, got {type(qkv).__name__}")
+        if len({(part.shape, part.dtype, part.device) for part in qkv}) != 1 or len(qkv) != 3:
+            got = ", ".join(f"{tuple(part.shape)} {part.dtype} {part.device}" for part in qkv)
+            raise ValueError(f"qkv must be one tensor or three of one shape, dtype and device, got {got}")
         qkv = torch.stack(tuple(qkv), dim=1)
-    if qkv.ndim != 4 or qkv.shape[:3] != (layout.num_rows, 3, num_heads) or not qkv.is_floating_point():
+    if (
+        qkv.ndim != 4
+        or qkv.shape[3] == 0
+        or qkv.shape[:3] != (layout.num_rows, 3, num_heads)
+        or not qkv.is_floating_point()
+    ):
         raise ValueError(
             f"qkv must be floating-point of shape ({layout.num_rows}, 3, {num_heads}, d), the rows of the layout and "
             f"num_heads; got {tuple(qkv.shape)} {qkv.dtype}"
@@ -56,11 +66,13 @@ def attention(
         raise ValueError(f"layout must be on qkv's device {qkv.device}, got {layout.device}")
     name, forbidden = "full", None
     if isinstance(mask, Tensor):
-        if mask.ndim != 2 or mask.shape[0] != mask.shape[1] or mask.shape[0] < layout.width or mask.is_floating_point():
+        if mask.ndim != 2 or mask.shape[0] != mask.shape[1] or mask.shape[0] < layout.width:
             raise ValueError(
                 f"mask must be bool or integer of shape (S, S) with S >= {layout.width}, 1 = forbidden; "
                 f"got {tuple(mask.shape)} {mask.dtype}"
             )
+        if mask.is_floating_point() or mask.is_complex():
+            raise ValueError(f"mask must be bool or integer, 1 = forbidden, got {mask.dtype}")
         if mask.device != qkv.device:
             raise ValueError(f"mask must be on qkv's device {qkv.device}, got {mask.device}")
         forbidden = mask.bool()
@@ -68,6 +80,8 @@ def attention(
         name = mask
     else:
         raise ValueError(f"mask must be one of {', '.join(map(repr, MASKS))} or a tensor, got {mask!r}")
+    if scale is not None and not isinstance(scale, (int, float)):
+        raise TypeError(f"scale must be a number, got {type(scale).__name__}")
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
     if current_backend() == "reference":
         return attention_reference(qkv, layout, num_heads, mask=mask, scale=scale)
@@ -93,10 +107,10 @@ def attention_reference(
         probabilities, _ = _probabilities(q[rows], k[rows], _forbidden(name, forbidden, vision_len, rows), scale)
         pieces.append(torch.einsum("hij,jhd->ihd", probabilities.to(v.dtype), v[rows]))
         order.append(rows)
-    out = torch.zeros_like(q, memory_format=torch.contiguous_format)
-    if pieces:
-        out = out.index_copy(0, torch.cat(order), torch.cat(pieces))
-    return out.flatten(1)
+    if not pieces:
+        return torch.zeros_like(q).flatten(1) + q[:0].sum()  # zeros, tied to the graph
+    out = pieces[0].new_zeros(q.shape)
+    return out.index_copy(0, torch.cat(order), torch.cat(pieces)).flatten(1)
 
 
 def _samples(layout_segments: Tensor) -> Iterator[tuple[Tensor, int]]:
@@ -125,7 +139,8 @@ def _forbidden(mask: str, forbidden: Tensor | None, vision_len: int, rows: Tenso
 
 def _probabilities(q: Tensor, k: Tensor, forbidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
     """(H, S, S) softmax in the wide dtype and its (H, S) log-sum-exp, for q, k (S, H, d) of one sample."""
-    scores = torch.einsum("ihd,jhd->hij", q, k).to(wide(q.dtype)) * scale
+    # q is scaled first, as in the public code: in fp16 the product alone could overflow
+    scores = torch.einsum("ihd,jhd->hij", q * scale, k).to(wide(q.dtype))
     if forbidden is not None:
         scores = scores.masked_fill(forbidden, float("-inf"))
     lse = scores.logsumexp(-1)
@@ -185,9 +200,9 @@ def _backward_forward(
         dy = dout[rows]
         dprobabilities = torch.einsum("ihd,jhd->hij", dy, v).to(probabilities.dtype)
         delta = (dy * out[rows]).to(probabilities.dtype).sum(-1).t().unsqueeze(-1)  # [H, S, 1]
-        dscores = (probabilities * (dprobabilities - delta) * scale).to(q.dtype)
-        dqkv[rows, 0] = torch.einsum("hij,jhd->ihd", dscores, k)
-        dqkv[rows, 1] = torch.einsum("hij,ihd->jhd", dscores, q)
+        dscores = (probabilities * (dprobabilities - delta)).to(q.dtype)
+        dqkv[rows, 0] = torch.einsum("hij,jhd->ihd", dscores, k) * scale
+        dqkv[rows, 1] = torch.einsum("hij,ihd->jhd", dscores, q * scale)
         dqkv[rows, 2] = torch.einsum("hij,ihd->jhd", probabilities.to(dy.dtype), dy)
     return dqkv
 

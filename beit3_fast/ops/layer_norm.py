@@ -10,7 +10,17 @@ from torch import Tensor
 
 from ..backend import current_backend
 from . import _library
-from ._library import check_offsets, check_parameter, check_residual, check_rows, empty, segments, wide
+from ._library import (
+    check_eps,
+    check_offsets,
+    check_parameter,
+    check_residual,
+    check_rows,
+    check_tensors,
+    empty,
+    segments,
+    wide,
+)
 
 
 def layer_norm(
@@ -42,6 +52,8 @@ def layer_norm(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, named in the message.
     """
     check_rows(x)
+    check_tensors(weight=weight)
+    check_eps(eps)
     num_experts = weight.shape[0] if weight.ndim == 2 else 0
     check_parameter("weight", weight, (None, x.shape[1]), x)
     check_parameter("bias", bias, (num_experts, x.shape[1]), x)
@@ -65,11 +77,12 @@ def layer_norm_reference(
     """:func:`layer_norm` in plain PyTorch: one ``F.layer_norm`` per expert, padding rows are zeros."""
     total = x if residual is None else x + residual
     compute = torch.promote_types(total.dtype, weight.dtype)
+    # experts without rows too: their pieces are empty and tie the result to the graph
     pieces = [
         F.layer_norm(
             total[rows].to(compute), total.shape[1:], weight[expert].to(compute), bias[expert].to(compute), eps
         ).to(total.dtype)
-        for expert, rows in segments(expert_offsets, total.shape[0])
+        for expert, rows in segments(expert_offsets, total.shape[0], all_experts=True)
     ]
     used = sum(piece.shape[0] for piece in pieces)
     normed = torch.cat([*pieces, total.new_zeros(total.shape[0] - used, total.shape[1])])
@@ -80,7 +93,7 @@ def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, expert_offsets: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total = x if residual is None else x + residual
-    stats_dtype = wide(x.dtype)
+    stats_dtype = wide(total.dtype)
     normed = torch.zeros_like(total, memory_format=torch.contiguous_format)
     mean, rstd = total.new_zeros(2, total.shape[0], dtype=stats_dtype).unbind()
     for expert, rows in segments(expert_offsets, total.shape[0]):
@@ -99,7 +112,7 @@ def _fake(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, expert_offsets: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
-    stats = x.new_empty(x.shape[0], dtype=wide(x.dtype))
+    stats = x.new_empty(x.shape[0], dtype=wide(dtype))
     total = x.new_empty(0, dtype=dtype) if residual is None else x.new_empty(x.shape, dtype=dtype)
     return x.new_empty(x.shape, dtype=dtype), total, stats, torch.empty_like(stats)
 

@@ -10,12 +10,14 @@ from torch import Tensor
 from ..backend import current_backend
 from . import _library
 from ._library import (
+    check_eps,
     check_offsets,
     check_parameter,
     check_residual,
     check_row_index,
     check_rows,
     check_same_dtype,
+    check_tensors,
     empty,
     wide,
 )
@@ -61,6 +63,8 @@ def multiway_ffn(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, named in the message.
     """
     check_rows(x)
+    check_tensors(fc1_weight=fc1_weight)
+    check_eps(eps)
     num_experts, hidden = fc1_weight.shape[:2] if fc1_weight.ndim == 3 else (0, 0)
     width = x.shape[1]
     check_parameter("fc1_weight", fc1_weight, (None, None, width), x)

@@ -17,6 +17,7 @@ from ._library import (
     check_row_index,
     check_rows,
     check_same_dtype,
+    check_tensors,
     empty,
     segments,
     wide,
@@ -55,6 +56,7 @@ def multiway_linear(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, named in the message.
     """
     check_rows(x)
+    check_tensors(weight=weight)
     num_experts, width = weight.shape[:2] if weight.ndim == 3 else (0, 0)
     check_parameter("weight", weight, (None, None, x.shape[1]), x)
     if bias is not None:
@@ -90,12 +92,13 @@ def multiway_linear_reference(
 ) -> Tensor:
     """:func:`multiway_linear` in plain PyTorch: one ``F.linear`` per expert, padding rows are zeros."""
     rows = x if row_index is None else x[row_index.long()]
+    # experts without rows too: their pieces are empty and tie the result to the graph
     pieces = [
         F.linear(rows[where], weight[expert], None if bias is None else bias[expert])
-        for expert, where in segments(expert_offsets, x.shape[0])
+        for expert, where in segments(expert_offsets, x.shape[0], all_experts=True)
     ]
     used = sum(piece.shape[0] for piece in pieces)
-    out = torch.cat([*pieces, x.new_zeros(x.shape[0] - used, weight.shape[1])])
+    out = torch.cat([*pieces, pieces[0].new_zeros(x.shape[0] - used, weight.shape[1])])
     if activation == "gelu":
         out = gelu(out)
     if row_index is not None:

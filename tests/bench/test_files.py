@@ -27,7 +27,11 @@ def test_the_file_appears_whole_or_not_at_all(tmp_path):
     with replacing(target) as temporary:
         temporary.write_text("after")
         assert target.read_text() == "before"
-    assert target.read_text() == "after"
+    with target.open() as reader:
+        with replacing(target) as temporary:
+            temporary.write_text("later")
+        assert reader.read() == "after", "who had the file open keeps the old one whole"
+    assert target.read_text() == "later"
     assert [p.name for p in tmp_path.iterdir()] == ["out.json"]
 
 

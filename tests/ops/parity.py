@@ -222,6 +222,15 @@ def evaluate(
     )
 
 
+def by_name(*evaluations: Evaluation) -> Iterator[tuple[str, tuple[Tensor, ...]]]:
+    """Each output and gradient in turn, of all `evaluations`: what one of them has, all must have."""
+    tables = [dict(evaluation.items()) for evaluation in evaluations]
+    for table in tables:
+        assert table.keys() == tables[0].keys()
+    for name in tables[0]:
+        yield name, tuple(table[name] for table in tables)
+
+
 def in_double(inputs: Inputs) -> dict[str, Tensor | None]:
     return {name: None if value is None else value.double() for name, value in inputs.items()}
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from beit3_fast.backend import use_backend
 from beit3_fast.layout import TokenLayout
 from beit3_fast.ops import attention, layer_norm, multiway_ffn, multiway_linear
-from ops.parity import affine, assert_evaluations_exact, evaluate, in_double, normal, token_rows
+from ops.parity import affine, assert_evaluations_exact, by_name, evaluate, in_double, normal, token_rows
 
 WIDTH, HEADS, HIDDEN = 24, 3, 40
 LAYOUT = TokenLayout.from_lengths([5, 0, 3], [3, 4, 0])
@@ -42,11 +42,9 @@ def layer(x: Tensor, **p: Tensor) -> Tensor:
 
 def assert_close(actual: Any, expected: Any, tolerance: float) -> None:
     """Every output and gradient, to `tolerance` of its own largest magnitude."""
-    wanted = dict(expected.items())
-    assert wanted.keys() == dict(actual.items()).keys()
-    for name, value in actual.items():
-        error = (value.double() - wanted[name].double()).abs().max().item()
-        allowed = tolerance * wanted[name].abs().max().item()
+    for name, (value, wanted) in by_name(actual, expected):
+        error = (value.double() - wanted.double()).abs().max().item()
+        allowed = tolerance * wanted.abs().max().item()
         assert error <= allowed, f"{name}: error {error:.2e}, allowed {allowed:.2e}"
 
 

@@ -29,6 +29,7 @@ from ops.parity import (
     assert_exact,
     assert_parity,
     assert_refuses,
+    by_name,
     evaluate,
     in_double,
     in_memory,
@@ -192,13 +193,13 @@ def assert_layer_norm_parity(
     row_errors["gradient of x"] = fp32 * spread * cotangent * weight * (4 + spread * magnitude)
     row_errors["gradient of residual"] = row_errors["gradient of x"]
     errors = {"gradient of weight": (normed_error * cotangent).sum(), "gradient of bias": fp32 * cotangent.sum()}
-    for name, value in actual.items():
+    for name, (value, plain, exact) in by_name(actual, yardstick, truth):
         for rows in groups if name in row_errors else [slice(None)]:
-            expected = truth[name][rows]
+            expected = exact[rows]
             if expected.numel():
                 error = row_errors[name][rows].max() if name in row_errors else errors[name]
                 floor = error.item() + torch.finfo(value.dtype).eps * expected.abs().max().item()
-                assert_parity(value[rows], yardstick[name][rows], expected, dtype, name, floor)
+                assert_parity(value[rows], plain[rows], expected, dtype, name, floor)
 
 
 def _accuracy_cases() -> Iterator[Any]:
@@ -265,13 +266,22 @@ def test_padding_rows_never_matter(with_residual: bool) -> None:
         with use_backend(backend):
             actual = evaluate(op(partition), dirty, cotangents)
             finite = evaluate(op(partition), clean)
-        for name, value in actual.items():
+        for name, (value, exact) in by_name(actual, expected):
             select = slice(None) if name.endswith(("weight", "bias")) else slice(partition.used)
-            assert_exact(value[select], expected[name][select], name)
+            assert_exact(value[select], exact[select], name)
         for name, value in finite.items():
             assert value.isfinite().all(), name
         if not with_residual:
             assert not finite["gradient of x"][partition.used :].count_nonzero()
+
+
+@pytest.mark.parametrize("function", [layer_norm, layer_norm_reference])
+def test_default_eps_is_the_public_one(function: Any) -> None:
+    partition = Partition((4, 3))
+    x, weight, bias, _ = make_inputs(partition, 6).values()
+    actual = function(x / 100, weight, bias, partition.offsets)  # a variance of 1e-4, where eps shows
+    expected = plain(partition, nn.LayerNorm(6).eps)(x=x / 100, weight=weight, bias=bias)
+    assert_exact(actual, expected)
 
 
 def test_statistics_are_those_of_the_promoted_dtype() -> None:
@@ -365,8 +375,8 @@ def test_compiles_without_graph_breaks(with_residual: bool) -> None:
 
     expected = evaluate(call, inputs)
     actual = evaluate(torch.compile(call, fullgraph=True, backend="aot_eager"), inputs, expected.cotangents)
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, msg=lambda text, name=name: f"{name}: {text}")
+    for name, values in by_name(actual, expected):
+        torch.testing.assert_close(*values, msg=lambda text, name=name: f"{name}: {text}")
 
 
 def test_autocast_keeps_the_residual_stream_wide() -> None:

@@ -27,6 +27,7 @@ from ops.parity import (
     assert_exact,
     assert_parity,
     assert_refuses,
+    by_name,
     evaluate,
     in_double,
     in_memory,
@@ -250,9 +251,9 @@ def assert_ffn_parity(
     actual = evaluate(function, inputs)
     yardstick = evaluate(plain_function, inputs, actual.cotangents)
     truth = evaluate(plain_function, in_double(inputs), actual.cotangents)
-    for name, value in actual.items():
+    for name, (value, plain, exact) in by_name(actual, yardstick, truth):
         for rows in [slice(None)] if name.removeprefix("gradient of ") in PARAMETERS else groups:
-            assert_parity(value[rows], yardstick[name][rows], truth[name][rows], inputs["x"].dtype, name)
+            assert_parity(value[rows], plain[rows], exact[rows], inputs["x"].dtype, name)
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
@@ -328,12 +329,22 @@ def test_padding_rows_never_matter(subln: bool, with_residual: bool, index_dtype
         with use_backend(backend):
             actual = evaluate(op(partition, row_index), dirty, cotangents)
             finite = evaluate(op(partition, row_index), clean)
-        for name, value in actual.items():
+        for name, (value, exact) in by_name(actual, expected):
             select = slice(None) if name.removeprefix("gradient of ") in PARAMETERS else used
-            assert_exact(value[select], expected[name][select], name)
+            assert_exact(value[select], exact[select], name)
         for name, value in finite.items():
             assert value.isfinite().all(), name
         assert not finite["gradient of x"][~used].count_nonzero()
+
+
+@pytest.mark.parametrize("function", [multiway_ffn, multiway_ffn_reference])
+def test_default_eps_is_the_public_one(function: Any) -> None:
+    partition = Partition((4, 3))
+    inputs = make_inputs(partition, 6, 11)
+    for name in ("x", "fc1_bias"):
+        inputs[name] /= 100  # a variance of 1e-4, where eps shows
+    actual = function(inputs["x"], *(inputs[name] for name in PARAMETERS), partition.offsets)
+    assert_exact(actual, plain(partition, eps=nn.LayerNorm(11).eps)(**inputs))
 
 
 @pytest.mark.parametrize(
@@ -455,8 +466,8 @@ def test_compiles_without_graph_breaks(everything: bool) -> None:
 
     expected = evaluate(call, inputs)
     actual = evaluate(torch.compile(call, fullgraph=True, backend="aot_eager"), inputs, expected.cotangents)
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, msg=lambda text, name=name: f"{name}: {text}")
+    for name, values in by_name(actual, expected):
+        torch.testing.assert_close(*values, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -477,8 +488,8 @@ def test_autocast(backend: str, subln: bool) -> None:
     assert stream["output 0"].dtype == torch.float32
     for name, value in stream.gradients.items():
         assert (None if value is None else value.dtype) == (None if inputs[name] is None else torch.float32)
-    for name, value in branch.items():
-        torch.testing.assert_close(value.float(), expected[name].float(), rtol=3e-2, atol=6e-2)
+    for _, (value, exact) in by_name(branch, expected):
+        torch.testing.assert_close(value.float(), exact.float(), rtol=3e-2, atol=6e-2)
 
 
 def test_inference_mode() -> None:

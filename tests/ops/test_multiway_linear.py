@@ -25,6 +25,7 @@ from ops.parity import (
     assert_exact,
     assert_parity,
     assert_refuses,
+    by_name,
     evaluate,
     in_double,
     in_memory,
@@ -226,17 +227,17 @@ def assert_linear_parity(
         [c.abs() for c in actual.cotangents],
     )
     dtype = inputs["x"].dtype
-    for name, value in actual.items():
+    for name, (value, plain, exact, size) in by_name(actual, yardstick, truth, magnitudes):
         by_row = not name.endswith(("weight", "bias"))
         for rows in groups if by_row else [slice(None)]:
-            expected, magnitude = truth[name][rows], magnitudes[name][rows]
+            expected, magnitude = exact[rows], size[rows]
             if expected.numel():
                 rounded = magnitude if cancels else expected
                 floor = (
                     2 * torch.finfo(torch.float32).eps * magnitude.abs().max()
                     + torch.finfo(dtype).eps * rounded.abs().max()
                 )
-                assert_parity(value[rows], yardstick[name][rows], expected, dtype, name, floor.item())
+                assert_parity(value[rows], plain[rows], expected, dtype, name, floor.item())
 
 
 @pytest.mark.parametrize("dtype", LOW_PRECISION, ids=str)
@@ -308,9 +309,9 @@ def test_padding_rows_never_matter(
         with use_backend(backend):
             actual = evaluate(op(partition, activation, row_index), dirty, cotangents)
             finite = evaluate(op(partition, activation, row_index), clean)
-        for name, value in actual.items():
+        for name, (value, exact) in by_name(actual, expected):
             select = slice(None) if name.endswith(("weight", "bias")) else used
-            assert_exact(value[select], expected[name][select], name)
+            assert_exact(value[select], exact[select], name)
         for name, value in finite.items():
             assert value.isfinite().all(), name
         assert not finite["gradient of x"][~used].count_nonzero()
@@ -429,8 +430,8 @@ def test_compiles_without_graph_breaks(activation: str | None, everything: bool)
 
     expected = evaluate(call, inputs)
     actual = evaluate(torch.compile(call, fullgraph=True, backend="aot_eager"), inputs, expected.cotangents)
-    for name, value in expected.items():
-        torch.testing.assert_close(actual[name], value, msg=lambda text, name=name: f"{name}: {text}")
+    for name, values in by_name(actual, expected):
+        torch.testing.assert_close(*values, msg=lambda text, name=name: f"{name}: {text}")
 
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
@@ -450,8 +451,8 @@ def test_autocast(backend: str, activation: str | None, padding: int) -> None:
     assert double.dtype == torch.float64
     for name, value in inputs.items():
         assert stream[f"gradient of {name}"].dtype == value.dtype  # as autograd accumulates it
-    for name, value in branch.items():
-        torch.testing.assert_close(value.float(), expected[name].float(), rtol=2e-2, atol=2e-2)
+    for _, (value, exact) in by_name(branch, expected):
+        torch.testing.assert_close(value.float(), exact.float(), rtol=2e-2, atol=2e-2)
 
 
 def test_inference_mode() -> None:
