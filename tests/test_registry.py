@@ -371,10 +371,10 @@ def test_arguments_that_are_no_configuration(args: Any) -> None:
 
 def test_unknown_options() -> None:
     with pytest.raises(TypeError, match=r"encoder_layer.*did you mean encoder_layers"):
-        EncoderConfig.of(encoder_layer=3)
+        EncoderConfig(encoder_layer=3)
     with pytest.raises(TypeError, match="drop_path"):
         EncoderConfig.base(drop_path=0.1)
-    assert EncoderConfig.of(multiway=True, dropout=0.0, encoder_layers=3) == EncoderConfig(encoder_layers=3)
+    assert EncoderConfig(multiway=True, dropout=0.0, encoder_layers=3) == EncoderConfig(encoder_layers=3)
     assert EncoderConfig.base(multiway=True, layernorm_embedding=False, no_output_layer=True) == EncoderConfig()
 
 

@@ -13,7 +13,7 @@ from ..layout import TokenLayout
 from .config import EncoderConfig
 from .embedding import VisionEmbedding
 from .encoder import Encoder, KeyValueStore
-from .inputs import InputNames, check_attention_mask, check_inputs
+from .inputs import InputNames, check_attention_mask, check_inputs, check_positions
 
 PUBLIC_NAMES = InputNames(image="visual_tokens", text="textual_tokens", padding="text_padding_position")
 
@@ -67,32 +67,24 @@ class BEiT3(nn.Module):
         """
         self.check_inputs(image, text, text_padding, text_lengths, names)
         layout = self._layout(image, text, text_padding, text_lengths)
-        vision, words = self._embed(image, text, layout, vision_masked_position)
-        return self._encode(vision, words, layout, mask), layout
-
-    def _embed(
-        self, image: Tensor | None, text: Tensor | None, layout: TokenLayout, vision_masked_position: Tensor | None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """Before positions: vision tokens (B, V, D) and the valid words (num_text_rows, D)."""
         vision = None if image is None else self.vision_embed(image, vision_masked_position)
-        return vision, None if text is None else self.text_embed(layout.pack_text(text))
+        return self.encoder(self._rows(vision, text, layout), layout, mask), layout
 
-    def _encode(
-        self,
-        vision: Tensor | None,
-        words: Tensor | None,
-        layout: TokenLayout,
-        mask: str | Tensor = "full",
-        store: KeyValueStore | None = None,
-        text_positions: Tensor | None = None,
+    def _rows(
+        self, vision: Tensor | None, text: Tensor | None, layout: TokenLayout, positions: Tensor | None = None
     ) -> Tensor:
-        """:meth:`_embed`'s tokens with their positions, joined in expert order, through the encoder."""
-        positions, rows = self.encoder.embed_positions, []
+        """Vision tokens (B, V, D) and token ids (B, T) to embedded rows in expert order."""
+        tables, rows = self.encoder.embed_positions, []
         if vision is not None:
-            rows.append((vision + positions.vision()).flatten(0, 1))
-        if words is not None:
-            rows.append(words + (positions.text(layout.text_column) if text_positions is None else text_positions))
-        return self.encoder(torch.cat(rows) if len(rows) > 1 else rows[0], layout, mask, store)
+            table = tables.vision(layout.vision_width) if positions is None else tables["A"](positions)
+            rows.append((vision + table).flatten(0, 1))
+        if text is not None:
+            # Expanded over the batch, then packed: the table's gradient is then one sum over samples. A lookup by
+            # column would add it up in the parameters' dtype, sample after sample.
+            table = tables.text(layout.text_width) if positions is None else tables["B"](positions)
+            columns = table.expand(layout.batch_size, layout.text_width, -1)
+            rows.append(self.text_embed(layout.pack_text(text)) + layout.pack_text(columns))
+        return torch.cat(rows) if len(rows) > 1 else rows[0]
 
     def forward(
         self,
@@ -115,7 +107,7 @@ class BEiT3(nn.Module):
             attn_mask: (S, S) over the image's and the text's columns, 1 = forbidden.
             vision_masked_position: (B, patches), 1 = replaced by the mask token.
             incremental_state: {layer: {"prev_key", "prev_value": (B, H, S', d)}}, extended in place by this call's.
-            positions: (1 or B, T) rows of the text position table, for text alone; columns + 2 by default.
+            positions: (1 or B, S) rows of the position table, for one modality alone; columns + 2 by default.
             text_lengths: valid tokens of each text, on the host (not in the public code).
 
         Returns:
@@ -128,24 +120,28 @@ class BEiT3(nn.Module):
             TypeError, ValueError: bad input, named in the message.
         """
         self.check_inputs(visual_tokens, textual_tokens, text_padding_position, text_lengths, PUBLIC_NAMES)
-        dense = incremental_state is not None or positions is not None
-        if positions is not None and visual_tokens is not None:
-            raise ValueError("positions must be None when visual_tokens is given: they index the text position table")
-        if positions is not None and incremental_state is None and text_padding_position is not None:
-            raise ValueError("positions must be None when text_padding_position is given")
+        if positions is not None:
+            check_positions(self.config, visual_tokens, textual_tokens, positions)
+        # the public code lets padded columns take part (as zeros) when it decodes incrementally
+        dense = incremental_state is not None
         layout = self._layout(
             visual_tokens, textual_tokens, None if dense else text_padding_position, None if dense else text_lengths
         )
         if attn_mask is not None:
             earlier = (incremental_state or {}).get(0, {}).get("prev_key")
-            check_attention_mask(attn_mask, layout.width, layout.width + (0 if earlier is None else earlier.shape[2]))
-        vision, words = self._embed(visual_tokens, textual_tokens, layout, vision_masked_position)
-        if dense:
-            encoded = self._encode_dense(
-                vision, words, layout, text_padding_position, attn_mask, incremental_state or {}, positions
-            )
+            keys = layout.width + (0 if earlier is None else earlier.shape[2])
+            check_attention_mask(attn_mask, layout.width, keys, None if dense else text_padding_position)
+            attn_mask = attn_mask != 0
+        vision = None if visual_tokens is None else self.vision_embed(visual_tokens, vision_masked_position)
+        rows = self._rows(vision, textual_tokens, layout, positions)
+        if incremental_state is None:
+            encoded = self.encoder(rows, layout, "full" if attn_mask is None else attn_mask)
         else:
-            encoded = self._encode(vision, words, layout, "full" if attn_mask is None else attn_mask)
+            if text_padding_position is not None and textual_tokens is not None:
+                padded = text_padding_position.flatten().unsqueeze(1) != 0
+                seen, words = rows.split([layout.num_vision_rows, layout.num_text_rows])
+                rows = torch.cat([seen, words.masked_fill(padded, 0)])
+            encoded = self.encoder(rows, layout, store=IncrementalState(incremental_state, layout, attn_mask))
         embeddings = [] if vision is None else [vision]
         if textual_tokens is not None:
             embeddings.append(self.text_embed(textual_tokens))
@@ -160,30 +156,6 @@ class BEiT3(nn.Module):
             "l_aux": [None] * self.encoder.num_layers,
             "multiway_split_position": -1 if textual_tokens is None else layout.vision_width,
         }
-
-    def _encode_dense(
-        self,
-        vision: Tensor | None,
-        words: Tensor | None,
-        layout: TokenLayout,
-        text_padding: Tensor | None,
-        attn_mask: Tensor | None,
-        incremental_state: dict[int, dict[str, Tensor]],
-        positions: Tensor | None,
-    ) -> Tensor:
-        """The public code's incremental form: every column takes part, earlier keys and values come from the state."""
-        store = IncrementalState(incremental_state, layout, attn_mask)
-        table = self.encoder.embed_positions
-        text_positions = None
-        if words is not None:
-            if positions is None:
-                text_positions = table.text(layout.text_column)
-            else:
-                text_positions = table["B"](positions.expand(layout.batch_size, layout.text_width)).flatten(0, 1)
-            if text_padding is not None:  # padded words enter as zeros, and are attended to
-                kept = (1 - text_padding.to(words)).view(-1, 1)
-                words, text_positions = words * kept, text_positions * kept
-        return self._encode(vision, words, layout, store=store, text_positions=text_positions)
 
     def check_inputs(
         self,
@@ -214,7 +186,7 @@ class BEiT3(nn.Module):
                 [vision_tokens] * batch_size, text_lengths, text_width=width, device=text.device
             )
         if text_padding is not None:
-            return TokenLayout.from_padding(text_padding, vision_tokens=vision_tokens, device=text.device)
+            return TokenLayout.from_padding(text_padding != 0, vision_tokens=vision_tokens, device=text.device)
         return TokenLayout.from_lengths([vision_tokens] * batch_size, [width] * batch_size, device=text.device)
 
 

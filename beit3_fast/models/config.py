@@ -47,7 +47,7 @@ def nearest(name: str, known: list[str]) -> str:
     return f"; did you mean {' or '.join(matches)}?" if matches else ""
 
 
-@dataclass(kw_only=True)
+@dataclass(init=False)
 class EncoderConfig:
     """Configuration of a BEiT-3 backbone. Field names are torchscale's ``EncoderConfig``'s.
 
@@ -56,8 +56,14 @@ class EncoderConfig:
     and its LayerNorms shared, a feed-forward expert per modality, and in the top ``vl_ffn_layers`` layers a third
     expert that takes all tokens of image-text input.
 
+    Args:
+        **options: the fields below, by name. Torchscale's other options are taken too, as far as BEiT-3 leaves them at
+            the value that they have here.
+
     Raises:
-        ValueError: a size that is not positive, a width that its heads or an image size that its patches do not divide.
+        TypeError: an unknown name (the nearest is offered), or a value of another type.
+        ValueError: a size that is not positive, a width that its heads or an image size that its patches do not divide,
+            an option that BEiT-3 does not use at another value.
     """
 
     encoder_embed_dim: int = 768
@@ -76,7 +82,19 @@ class EncoderConfig:
     shared_attention: bool = False
     vl_ffn_layers: int = 0
 
-    def __post_init__(self) -> None:
+    def __init__(self, **options: Any) -> None:
+        known = [field.name for field in fields(self)]
+        for name, value in options.items():
+            if name in known:
+                setattr(self, name, value)
+            elif name in _FIXED:
+                if value != _FIXED[name]:
+                    raise ValueError(f"{name} must be {_FIXED[name]!r} for BEiT-3, got {value!r}")
+            elif name not in _IGNORED:
+                raise TypeError(f"unknown option {name!r}{nearest(name, known)}")
+        self._check()
+
+    def _check(self) -> None:
         for name in (
             "encoder_embed_dim",
             "encoder_attention_heads",
@@ -116,13 +134,13 @@ class EncoderConfig:
     def base(cls, mlp_ratio: float = 4, **overrides: Any) -> EncoderConfig:
         """12 layers, width 768, 12 heads: the released base models."""
         sizes = {"encoder_embed_dim": 768, "encoder_attention_heads": 12, "encoder_layers": 12}
-        return cls.of(**{**sizes, "encoder_ffn_embed_dim": int(768 * mlp_ratio), **overrides})
+        return cls(**{**sizes, "encoder_ffn_embed_dim": int(768 * mlp_ratio), **overrides})
 
     @classmethod
     def large(cls, mlp_ratio: float = 4, **overrides: Any) -> EncoderConfig:
         """24 layers, width 1024, 16 heads: the released large models."""
         sizes = {"encoder_embed_dim": 1024, "encoder_attention_heads": 16, "encoder_layers": 24}
-        return cls.of(**{**sizes, "encoder_ffn_embed_dim": int(1024 * mlp_ratio), **overrides})
+        return cls(**{**sizes, "encoder_ffn_embed_dim": int(1024 * mlp_ratio), **overrides})
 
     @classmethod
     def giant(cls, **overrides: Any) -> EncoderConfig:
@@ -136,27 +154,7 @@ class EncoderConfig:
             "shared_attention": True,
             "vl_ffn_layers": 3,
         }
-        return cls.of(**{**sizes, **overrides})
-
-    @classmethod
-    def of(cls, **options: Any) -> EncoderConfig:
-        """From torchscale's keyword names, including those that BEiT-3 leaves at their default.
-
-        Raises:
-            TypeError: an unknown name (the nearest is offered).
-            ValueError: an option that BEiT-3 does not use at a value other than its default.
-        """
-        known = [field.name for field in fields(cls)]
-        kept = {}
-        for name, value in options.items():
-            if name in known:
-                kept[name] = value
-            elif name in _FIXED:
-                if value != _FIXED[name]:
-                    raise ValueError(f"{name} must be {_FIXED[name]!r} for BEiT-3, got {value!r}")
-            elif name not in _IGNORED:
-                raise TypeError(f"unknown option {name!r}{nearest(name, known)}")
-        return cls(**kept)
+        return cls(**{**sizes, **overrides})
 
     @classmethod
     def from_args(cls, args: Any) -> EncoderConfig:
@@ -165,4 +163,4 @@ class EncoderConfig:
             return args
         if not hasattr(args, "encoder_embed_dim"):
             raise TypeError(f"args must be an EncoderConfig (ours or torchscale's), got {type(args).__name__}")
-        return cls.of(**vars(args))
+        return cls(**vars(args))

@@ -53,10 +53,11 @@ class PositionEmbedding(nn.ModuleDict):
             {"A": nn.Embedding(vision_tokens + self.FIRST, embed_dim), "B": nn.Embedding(text_rows, embed_dim)}
         )
 
-    def vision(self) -> Tensor:
-        """(vision_tokens, D)"""
-        return self["A"].get_parameter("weight")[self.FIRST :]
+    def vision(self, tokens: int) -> Tensor:
+        """(tokens, D), from CLS on."""
+        return self["A"].get_parameter("weight")[self.FIRST : self.FIRST + tokens]
 
-    def text(self, columns: Tensor) -> Tensor:
-        """Rows of token columns (0 = BOS)."""
-        return self["B"](columns + self.FIRST)
+    def text(self, tokens: int, start: int = 0) -> Tensor:
+        """(tokens, D), from column ``start`` on; BOS is column 0."""
+        first = self.FIRST + start
+        return self["B"].get_parameter("weight")[first : first + tokens]

@@ -302,7 +302,7 @@ class BEiT3ForCaptioning(BEiT3Wrapper):
         )
         prefix = ImagePrefix(layout, config.encoder_attention_heads)
         positions = self.beit3.encoder.embed_positions
-        vision = self.beit3.vision_embed(image) + positions.vision()
+        vision = self.beit3.vision_embed(image) + positions.vision(layout.vision_width)
         self.beit3.encoder(vision.flatten(0, 1), layout, store=prefix)
         rows = len(image) * num_beams
         cache = BeamCache(prefix, num_beams, columns=max_length - 1)
@@ -311,7 +311,7 @@ class BEiT3ForCaptioning(BEiT3Wrapper):
 
         def step(last_words: Tensor, position: int) -> Tensor:
             words = self.beit3.text_embed(torch.stack([last_words, mask_tokens], dim=1))  # [R, 2, D]
-            x = words + positions.text(torch.arange(position, position + 2, device=image.device))
+            x = words + positions.text(2, start=position)
             out = self.beit3.encoder(x.flatten(0, 1), step_layout, store=cache)
             return self.mlm_head(out[1::2])  # the MASK's row predicts the next word
 

@@ -120,10 +120,33 @@ def check_lengths(text: Tensor, padding: Tensor | None, lengths: Sequence[int]) 
             raise ValueError(f"text_lengths {values} disagree with the padding mask's {valid}")
 
 
-def check_attention_mask(mask: Tensor, queries: int, keys: int) -> None:
-    """(queries, keys) bool or integer, 1 = forbidden."""
-    if not isinstance(mask, Tensor) or mask.is_floating_point() or mask.shape != (queries, keys):
-        got = f"{tuple(mask.shape)} {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+def check_attention_mask(mask: Tensor, queries: int, keys: int, padding: Tensor | None) -> None:
+    """(queries, keys), not zero = forbidden. Its columns are the packed ones only if texts are padded on the right."""
+    if not isinstance(mask, Tensor) or mask.shape != (queries, keys):
+        got = tuple(mask.shape) if isinstance(mask, Tensor) else type(mask).__name__
+        raise ValueError(f"attn_mask must have shape ({queries}, {keys}), queries by keys, 1 = forbidden; got {got}")
+    if padding is not None and _readable(padding):
+        valid = padding == 0
+        if (valid[:, 1:] & ~valid[:, :-1]).any():
+            raise ValueError("attn_mask must be None when text_padding_position has padding between valid tokens")
+
+
+def check_positions(config: EncoderConfig, image: Tensor | None, text: Tensor | None, positions: Tensor) -> None:
+    """(1 or batch, tokens) integer rows of the one modality's position table."""
+    if image is not None and text is not None:
+        raise ValueError("positions must be None for image-text input: each modality has its own table")
+    if text is not None:
+        (batch_size, tokens), rows = text.shape, config.max_source_positions
+    else:
+        assert image is not None
+        batch_size, tokens = image.shape[0], (config.img_size // config.patch_size) ** 2 + 1
+        rows = tokens + PositionEmbedding.FIRST
+    if positions.is_floating_point() or positions.shape not in ((1, tokens), (batch_size, tokens)):
         raise ValueError(
-            f"attn_mask must be bool or integer of shape ({queries}, {keys}), queries by keys, 1 = forbidden; got {got}"
+            f"positions must be integer of shape (1, {tokens}) or ({batch_size}, {tokens}), "
+            f"got {tuple(positions.shape)} {positions.dtype}"
         )
+    if _readable(positions):
+        low, high = positions.aminmax()
+        if low < 0 or high >= rows:
+            raise ValueError(f"positions must lie in [0, {rows}), got values from {int(low)} to {int(high)}")

@@ -57,6 +57,9 @@ def _fuse(
 ) -> None:
     pieces: list[Piece] = module._released_pieces  # type: ignore[assignment]
     found: dict[str, list[tuple[Piece, Tensor]]] = {}
+    for own in {piece.stored for piece in pieces} - {piece.released for piece in pieces}:
+        if state_dict.pop(prefix + own, None) is not None:  # a name of ours is no released key
+            unexpected_keys.append(prefix + own)
     for piece in pieces:
         key = prefix + piece.released
         parameter = module.get_parameter(piece.stored)
@@ -65,6 +68,11 @@ def _fuse(
             missing_keys.append(key)
             continue
         value = state_dict.pop(key)
+        if not isinstance(value, Tensor):
+            error_msgs.append(
+                f"While copying the parameter named {key}, expected a tensor, got {type(value).__name__}."
+            )
+            continue
         if value.shape != shape:
             error_msgs.append(
                 f"size mismatch for {key}: copying a param with shape {value.shape} from checkpoint, "
