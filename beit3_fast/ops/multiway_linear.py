@@ -123,14 +123,23 @@ def gelu_backward(dy: Tensor, x: Tensor) -> Tensor:
 
 def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, expert_offsets: Tensor) -> Tensor:
     """(N, O) ``x @ weight[e].T + bias[e]``; padding rows are zeros. Not differentiable: for op implementations."""
+    # On the CPU fp32 products go to oneDNN: F.linear's MKL takes a generic path on AMD (80 against 102 GFLOP/s a core
+    # on Zen 4, 128 against 267 on Zen 5, at 768 -> 3072). In bf16 both end in oneDNN.
+    onednn = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     out = x.new_empty(x.shape[0], weight.shape[1])
     end = 0
     for expert, rows in segments(expert_offsets, x.shape[0]):
+        expert_bias = None if bias is None else bias[expert]
+        if onednn:
+            product = torch.ops.mkldnn._linear_pointwise(x[rows], weight[expert], expert_bias, "none", [], "")
+            if rows == slice(0, x.shape[0]):
+                return product
+            out[rows] = product
         # written in place: concatenating the experts' outputs would be one more pass over memory
-        if bias is None:
+        elif expert_bias is None:
             torch.mm(x[rows], weight[expert].t(), out=out[rows])
         else:
-            torch.addmm(bias[expert], x[rows], weight[expert].t(), out=out[rows])
+            torch.addmm(expert_bias, x[rows], weight[expert].t(), out=out[rows])
         end = rows.stop
     out[end:].zero_()
     return out
