@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from ..layout import TokenLayout
 from .config import EncoderConfig
 from .embedding import VisionEmbedding
-from .encoder import Encoder, KeyValueStore
+from .encoder import Encoder
 from .inputs import InputNames, check_attention_mask, check_inputs, check_positions
 
 PUBLIC_NAMES = InputNames(image="visual_tokens", text="textual_tokens", padding="text_padding_position")
@@ -208,6 +208,3 @@ class IncrementalState:
         earlier["prev_key"], earlier["prev_value"] = k, v
         heads = F.scaled_dot_product_attention(q, k, v, attn_mask=self.allowed)
         return self.layout.pack(heads.transpose(1, 2).flatten(2))
-
-
-_: type[KeyValueStore] = IncrementalState
