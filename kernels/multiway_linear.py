@@ -1,0 +1,547 @@
+"""The multiway linear layer: one grouped GEMM over rows in expert order, forward and backward.
+
+    out[row(r)] = residual[row(r)] + act(x[row(r)] @ weight[e].T + bias[e]),   offsets[e] <= r < offsets[e + 1]
+
+row(r) is r, or row_index[r]. One program computes one tile of one expert. The grid holds the most tiles any offsets
+can need; programs past the last tile leave at once, so that the host never waits for the offsets.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .config import Config, fits
+from .gelu import gelu as gelu_
+from .gelu import gelu_and_derivative
+from .tiles import locate_tile, row_tile_capacity
+
+GROUP_M = 8  # row tiles that share a weight tile in L2
+
+
+@triton.jit
+def product(
+    x_tile,
+    w_tile,
+    column_mask,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STRIDE_WK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The GEMM main loop: fp32 sums of x_tile [BM, BK] @ w_tile [BK, BN], both stepping along DEPTH."""
+    k = tl.arange(0, BLOCK_K)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, DEPTH, BLOCK_K):
+        if DEPTH % BLOCK_K == 0:
+            a = tl.load(x_tile)  # [BM, BK]
+        else:
+            a = tl.load(x_tile, mask=k[None, :] < DEPTH - start, other=0.0)
+        if DEPTH % BLOCK_K == 0 and WIDTH % BLOCK_N == 0:
+            b = tl.load(w_tile)  # [BK, BN]
+        else:
+            b = tl.load(w_tile, mask=(k[:, None] < DEPTH - start) & column_mask[None, :], other=0.0)
+        acc = tl.dot(a, b, acc, input_precision=PRECISION)
+        x_tile += BLOCK_K
+        w_tile += BLOCK_K * STRIDE_WK
+    return acc
+
+
+@triton.jit
+def tile_rows(first, end, row_index, BLOCK_M: tl.constexpr):
+    """(positions, rows, mask) of a row tile, in int64. Positions past `end` repeat the last one: loads need no mask."""
+    positions = first + tl.arange(0, BLOCK_M)
+    inside = positions < end
+    positions = tl.minimum(positions, end - 1)
+    rows = positions
+    if row_index is not None:
+        rows = tl.load(row_index + positions)
+    return positions.to(tl.int64), rows.to(tl.int64), inside
+
+
+@triton.jit
+def _linear_kernel(
+    x,
+    weight,
+    bias,
+    expert_offsets,
+    residual,
+    x_index,
+    out_index,
+    out,
+    pre,
+    num_rows,
+    NUM_EXPERTS: tl.constexpr,
+    DEPTH: tl.constexpr,
+    WIDTH: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+    STRIDE_WE: tl.constexpr,
+    STRIDE_WN: tl.constexpr,
+    STRIDE_WK: tl.constexpr,
+    STRIDE_RESIDUAL: tl.constexpr,
+    GELU: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    GROUP: tl.constexpr,
+):
+    expert, first, end, column_tile = locate_tile(expert_offsets, num_rows, NUM_EXPERTS, WIDTH, BLOCK_M, BLOCK_N, GROUP)
+    if first >= end:
+        return
+    positions, out_rows, row_mask = tile_rows(first, end, out_index, BLOCK_M)
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_mask = columns < WIDTH
+    mask = row_mask[:, None] & column_mask[None, :]
+    out_tile = out + out_rows[:, None] * WIDTH + columns[None, :]  # [BM, BN]
+    residual_tile = residual
+    if residual is not None:
+        residual_tile = residual + out_rows[:, None] * STRIDE_RESIDUAL + columns[None, :]
+
+    if expert == NUM_EXPERTS:  # padding rows become zeros: nobody may meet what was never written
+        padding = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if residual is not None:
+            padding += tl.load(residual_tile, mask=mask).to(tl.float32)
+        tl.store(out_tile, padding.to(out.dtype.element_ty), mask=mask)
+        return
+
+    _, x_rows, _ = tile_rows(first, end, x_index, BLOCK_M)
+    k = tl.arange(0, BLOCK_K)
+    expert = expert.to(tl.int64)
+    x_tile = x + x_rows[:, None] * STRIDE_X + k[None, :]  # [BM, BK]
+    w_tile = weight + expert * STRIDE_WE + columns[None, :] * STRIDE_WN + k[:, None] * STRIDE_WK  # [BK, BN]
+    acc = product(x_tile, w_tile, column_mask, DEPTH, WIDTH, STRIDE_WK, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
+    if bias is not None:
+        acc += tl.load(bias + expert * WIDTH + columns, mask=column_mask).to(tl.float32)[None, :]
+    if pre is not None:  # the activation of what is saved: backward recomputes it from there
+        saved = acc.to(pre.dtype.element_ty)
+        tl.store(pre + positions[:, None] * WIDTH + columns[None, :], saved, mask=mask)
+        acc = saved.to(tl.float32)
+    if GELU:
+        acc = gelu_(acc)
+    if residual is not None:
+        acc += tl.load(residual_tile, mask=mask).to(tl.float32)
+    tl.store(out_tile, acc.to(out.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _weight_gradient_kernel(
+    dy,
+    x,
+    expert_offsets,
+    dy_index,
+    x_index,
+    dweight,
+    dbias,
+    OUT: tl.constexpr,
+    IN: tl.constexpr,
+    STRIDE_DY: tl.constexpr,
+    STRIDE_X: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """dweight[e] = dy.T @ x and dbias[e] = column sums of dy over the rows of expert e; zeros if it has none.
+
+    The grid is (programs, experts). One program sums all rows of its tile, in order: bitwise reproducible. The first
+    programs take the column sums alone. (In the loop of the products they would need the tile of dy in
+    registers as well as in shared memory, where wgmma reads it.)
+    """
+    in_tiles: tl.constexpr = (IN + BLOCK_N - 1) // BLOCK_N
+    out_tiles: tl.constexpr = (OUT + BLOCK_M - 1) // BLOCK_M
+    program = tl.program_id(0)
+    expert = tl.program_id(1)
+    start = tl.load(expert_offsets + expert)
+    stop = tl.load(expert_offsets + expert + 1)
+
+    if program < out_tiles:
+        outs = program * BLOCK_M + tl.arange(0, BLOCK_M)
+        out_mask = outs < OUT
+        column_sum = tl.zeros((BLOCK_M,), tl.float32)
+        for first in range(start, stop, 2 * BLOCK_K):
+            positions = first + tl.arange(0, 2 * BLOCK_K)
+            inside = positions < stop
+            rows = positions
+            if dy_index is not None:
+                rows = tl.load(dy_index + positions, mask=inside, other=0)
+            tile = dy + rows.to(tl.int64)[:, None] * STRIDE_DY + outs[None, :]  # [2 BK, BM]
+            values = tl.load(tile, mask=inside[:, None] & out_mask[None, :], other=0.0)
+            column_sum += tl.sum(values.to(tl.float32), axis=0)
+        tl.store(dbias + expert * OUT + outs, column_sum.to(dbias.dtype.element_ty), mask=out_mask)
+        return
+
+    outs = ((program - out_tiles) // in_tiles) * BLOCK_M + tl.arange(0, BLOCK_M)
+    ins = ((program - out_tiles) % in_tiles) * BLOCK_N + tl.arange(0, BLOCK_N)
+    out_mask = outs < OUT
+    in_mask = ins < IN
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for first in range(start, stop, BLOCK_K):
+        positions = first + tl.arange(0, BLOCK_K)
+        inside = positions < stop
+        dy_rows = positions
+        x_rows = positions
+        if dy_index is not None:
+            dy_rows = tl.load(dy_index + positions, mask=inside, other=0)
+        if x_index is not None:
+            x_rows = tl.load(x_index + positions, mask=inside, other=0)
+        dy_tile = dy + dy_rows.to(tl.int64)[:, None] * STRIDE_DY + outs[None, :]  # [BK, BM]
+        x_tile = x + x_rows.to(tl.int64)[:, None] * STRIDE_X + ins[None, :]  # [BK, BN]
+        # rows of the next expert must not enter; both are masked, since a NaN times zero is a NaN
+        a = tl.load(dy_tile, mask=inside[:, None] & out_mask[None, :], other=0.0)
+        b = tl.load(x_tile, mask=inside[:, None] & in_mask[None, :], other=0.0)
+        acc = tl.dot(tl.trans(a), b, acc, input_precision=PRECISION)
+    tile = dweight + expert.to(tl.int64) * OUT * IN + outs.to(tl.int64)[:, None] * IN + ins[None, :]
+    tl.store(tile, acc.to(dweight.dtype.element_ty), mask=out_mask[:, None] & in_mask[None, :])
+
+
+@triton.jit
+def _gelu_backward_kernel(dy, pre, row_index, dpre, WIDTH: tl.constexpr, STRIDE_DY: tl.constexpr, BLOCK: tl.constexpr):
+    """dpre[r] = dy[row(r)] * gelu'(pre[r]); one program a row."""
+    position = tl.program_id(0).to(tl.int64)
+    row = position
+    if row_index is not None:
+        row = tl.load(row_index + position).to(tl.int64)
+    for start in range(0, WIDTH, BLOCK):
+        columns = start + tl.arange(0, BLOCK)
+        inside = columns < WIDTH
+        _, slope = gelu_and_derivative(tl.load(pre + position * WIDTH + columns, mask=inside, other=0.0).to(tl.float32))
+        upstream = tl.load(dy + row * STRIDE_DY + columns, mask=inside, other=0.0).to(tl.float32)
+        tl.store(dpre + position * WIDTH + columns, (upstream * slope).to(dpre.dtype.element_ty), mask=inside)
+
+
+# ---- which configs are allowed, and the default ----------------------------------------------------------------------
+
+_ROW_TILES = [
+    Config(block_m, block_n, block_k, warps, stages)
+    for block_m in (16, 32, 64, 128)
+    for block_n in (64, 128, 256)
+    for block_k in (32, 64)
+    for warps in (4, 8)
+    for stages in (2, 3, 4)
+]
+_WASTE = {128: 0.04, 64: 0.05, 32: 0.08, 16: 1.0}
+"""The share of row-tile padding up to which a row tile is taken: an expert's last tile is half empty on average."""
+_ENOUGH_PROGRAMS = 128  # about one for each multiprocessor of an A100 or H100
+
+
+def valid_configs(arch: int, dtype: torch.dtype, depth: int, width: int) -> list[Config]:
+    """Configs that a row kernel (the linear layer, fc1, fc2, the gradients of their inputs) may run with.
+
+    Args:
+        arch: compute capability, 80 for 8.0.
+        dtype: of the rows.
+        depth, width: length of the sum and output columns.
+    """
+    return [config for config in _ROW_TILES if _worth_compiling(config, dtype) and fits(config, arch, dtype, width, depth)]
+
+
+def _worth_compiling(config: Config, dtype: torch.dtype) -> bool:
+    if dtype == torch.float32:
+        return config.block_k == 32 and config.accumulators <= 64
+    # with 8 warps on few rows each warp reads its own copy of the row tile from shared memory
+    return config.warps == 4 or config.block_m >= 64
+
+
+def default_config(arch: int, dtype: torch.dtype, num_rows: int, num_experts: int, depth: int, width: int) -> Config:
+    """The config without tuning: little padding first, then two blocks a multiprocessor, enough programs, wide tiles.
+
+    Two blocks of four warps share a multiprocessor so that one's epilogue runs under the other's main loop.
+    """
+    configs = valid_configs(arch, dtype, depth, width)
+    # 64x256 needs fewer instructions a product than 128x128 with mma.sync; wgmma reads its operands from shared memory
+    largest = 128 if arch == 90 else 64
+    allowed = [m for m, share in _WASTE.items() if m <= largest and num_experts * m <= 2 * share * num_rows]
+    block_m = max(allowed, default=min(_WASTE))
+    stages = 3 if arch == 90 else 2
+
+    def merit(config: Config) -> tuple[float, ...]:
+        programs = -(-num_rows // config.block_m) * -(-width // config.block_n)
+        return (
+            -abs(config.block_m - block_m),
+            config.warps == 4,
+            config.blocks_per_multiprocessor(arch, dtype) >= 2,
+            programs >= _ENOUGH_PROGRAMS,
+            config.block_n if programs >= _ENOUGH_PROGRAMS else -config.block_n,
+            config.block_k,
+            -abs(config.stages - stages),
+        )
+
+    return max(configs, key=merit)
+
+
+def valid_weight_gradient_configs(arch: int, dtype: torch.dtype, out_width: int, in_width: int) -> list[Config]:
+    """Configs that the weight gradient may run with; its tile is block_m outputs x block_n inputs, block_k rows deep."""
+    configs = [
+        Config(block_m, block_n, block_k, warps, stages)
+        for block_m in (64, 128)
+        for block_n in (64, 128)
+        for block_k in (32, 64)
+        for warps in (4, 8)
+        for stages in (2, 3, 4)
+    ]
+    return [
+        config
+        for config in configs
+        if _worth_compiling(config, dtype)
+        and fits(config, arch, dtype, in_width, 1 << 30)
+        and config.block_m < 2 * max(out_width, 64)
+    ]
+
+
+def default_weight_gradient_config(arch: int, dtype: torch.dtype, out_width: int, in_width: int) -> Config:
+    """The largest tile that still gives every multiprocessor one of the larger expert's tiles."""
+
+    def merit(config: Config) -> tuple[float, ...]:
+        programs = -(-out_width // config.block_m) * -(-in_width // config.block_n)
+        size = config.block_m * config.block_n
+        return (
+            config.warps == 4,
+            config.blocks_per_multiprocessor(arch, dtype) >= 2,
+            programs >= _ENOUGH_PROGRAMS,
+            size if programs >= _ENOUGH_PROGRAMS else -size,
+            config.block_n,
+            config.block_k,
+            -abs(config.stages - 2),
+        )
+
+    return max(valid_weight_gradient_configs(arch, dtype, out_width, in_width), key=merit)
+
+
+# ---- launches --------------------------------------------------------------------------------------------------------
+
+
+def check_layout(**tensors: Tensor | None) -> None:
+    """Raises ValueError unless the last dimension of each tensor is contiguous."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tuple(tensor.stride())}")
+
+
+def check_contiguous(**tensors: Tensor | None) -> None:
+    """Raises ValueError unless each tensor is contiguous."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
+
+
+def launch_rows(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    expert_offsets: Tensor,
+    out: Tensor,
+    *,
+    transposed: bool = False,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+    x_index: Tensor | None = None,
+    out_index: Tensor | None = None,
+    pre: Tensor | None = None,
+    precision: str,
+    config: Config | None,
+    arch: int,
+) -> None:
+    """Fills `out` (N, width) with ``residual + act(x @ weight[e].T + bias[e])``, or ``x @ weight[e]`` if transposed."""
+    num_experts, width, depth = weight.shape if not transposed else (weight.shape[0], weight.shape[2], weight.shape[1])
+    num_rows = out.shape[0]
+    if out.numel() == 0:
+        return
+    if config is None:
+        config = default_config(arch, x.dtype, num_rows, num_experts, depth, width)
+    grid = (row_tile_capacity(num_rows, num_experts, config.block_m) * triton.cdiv(width, config.block_n),)
+    stride_n, stride_k = weight.stride()[1:] if not transposed else weight.stride()[:0:-1]
+    _linear_kernel[grid](
+        x,
+        weight,
+        bias,
+        expert_offsets,
+        residual,
+        x_index,
+        out_index,
+        out,
+        pre,
+        num_rows,
+        NUM_EXPERTS=num_experts,
+        DEPTH=depth,
+        WIDTH=width,
+        STRIDE_X=x.stride(0),
+        STRIDE_WE=weight.stride(0),
+        STRIDE_WN=stride_n,
+        STRIDE_WK=stride_k,
+        STRIDE_RESIDUAL=0 if residual is None else residual.stride(0),
+        GELU=gelu,
+        PRECISION=precision,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        GROUP=GROUP_M,
+        **config.options(),
+    )
+
+
+def launch_weight_gradient(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    *,
+    dy_index: Tensor | None = None,
+    x_index: Tensor | None = None,
+    precision: str,
+    config: Config | None,
+    arch: int,
+) -> tuple[Tensor, Tensor]:
+    """(dweight, dbias) of a linear layer, in weight's dtype; zeros for an expert without rows."""
+    num_experts, out_width, in_width = weight.shape
+    dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    dbias = weight.new_empty(num_experts, out_width)
+    if config is None:
+        config = default_weight_gradient_config(arch, x.dtype, out_width, in_width)
+    grid = (triton.cdiv(out_width, config.block_m) * (1 + triton.cdiv(in_width, config.block_n)), num_experts)
+    _weight_gradient_kernel[grid](
+        dy,
+        x,
+        expert_offsets,
+        dy_index,
+        x_index,
+        dweight,
+        dbias,
+        OUT=out_width,
+        IN=in_width,
+        STRIDE_DY=dy.stride(0),
+        STRIDE_X=x.stride(0),
+        PRECISION=precision,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        **config.options(),
+    )
+    return dweight, dbias
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    expert_offsets: Tensor,
+    gelu: bool = False,
+    residual: Tensor | None = None,
+    row_index: Tensor | None = None,
+    save: bool = False,
+    *,
+    precision: str = "ieee",
+    config: Config | None = None,
+    arch: int = 80,
+) -> tuple[Tensor, Tensor]:
+    """``ops.multiway_linear``: one launch.
+
+    Args:
+        x: (N, I) fp32, bf16 or fp16, last dimension contiguous.
+        weight: (E, O, I) and bias (E, O) in x's dtype.
+        expert_offsets: int32 (E + 1,), read on the device.
+        residual: (N, O), any floating dtype.
+        row_index: int32 or int64 (N,).
+        save: keep the pre-activation for `backward`.
+        precision: of fp32 products: "ieee" or "tf32".
+        config: None for the default of `arch` (compute capability, 80 for 8.0).
+
+    Returns:
+        out (N, O) in the promoted dtype of x and residual, rows past the last offset zeros (plus the residual); and
+        with `save` and `gelu` the pre-activation (N, O) in expert order, otherwise an empty tensor.
+
+    Raises:
+        ValueError: rows whose last dimension is not contiguous, a bias that is not contiguous.
+    """
+    check_layout(x=x, weight=weight, residual=residual)
+    check_contiguous(bias=bias, row_index=row_index)
+    dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
+    out = x.new_empty(x.shape[0], weight.shape[1], dtype=dtype)
+    pre = x.new_empty(out.shape if save and gelu else 0)
+    launch_rows(
+        x,
+        weight,
+        bias,
+        expert_offsets,
+        out,
+        gelu=gelu,
+        residual=residual,
+        x_index=row_index,
+        out_index=row_index,
+        pre=pre if save and gelu else None,
+        precision=precision,
+        config=config,
+        arch=arch,
+    )
+    return out, pre
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    pre: Tensor | None = None,
+    row_index: Tensor | None = None,
+    needs_x: bool = True,
+    needs_parameters: bool = True,
+    *,
+    precision: str = "ieee",
+    config: Config | None = None,
+    weight_gradient_config: Config | None = None,
+    arch: int = 80,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients (dx, dweight, dbias) of :func:`forward`: two launches, three with an activation.
+
+    Args:
+        dy: (N, O) in x's dtype, last dimension contiguous.
+        pre: what `forward` saved, None without activation.
+
+    Returns:
+        Empty tensors for what is not needed; zeros for an expert without rows and for rows past the last offset.
+
+    Raises:
+        ValueError: rows whose last dimension is not contiguous.
+    """
+    check_layout(dy=dy, x=x, weight=weight)
+    check_contiguous(pre=pre, row_index=row_index)
+    dpre, dpre_index = dy, row_index
+    if pre is not None:
+        dpre, dpre_index = torch.empty_like(pre), None
+        if dpre.numel():
+            _gelu_backward_kernel[(dpre.shape[0],)](
+                dy, pre, row_index, dpre, WIDTH=pre.shape[1], STRIDE_DY=dy.stride(0), BLOCK=1024, num_warps=4
+            )
+    dx = x.new_empty(x.shape if needs_x else 0)
+    launch_rows(
+        dpre,
+        weight,
+        None,
+        expert_offsets,
+        dx,
+        transposed=True,
+        x_index=dpre_index,
+        out_index=row_index,
+        precision=precision,
+        config=config,
+        arch=arch,
+    )
+    if not needs_parameters:
+        return dx, weight.new_empty(0), weight.new_empty(0)
+    dweight, dbias = launch_weight_gradient(
+        dpre,
+        x,
+        weight,
+        expert_offsets,
+        dy_index=dpre_index,
+        x_index=row_index,
+        precision=precision,
+        config=weight_gradient_config,
+        arch=arch,
+    )
+    return dx, dweight, dbias
