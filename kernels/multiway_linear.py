@@ -64,7 +64,7 @@ def tile_rows(first, end, row_index, BLOCK_M: tl.constexpr):
     return positions.to(tl.int64), rows.to(tl.int64), inside
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def _linear_kernel(
     x,
     weight,
@@ -118,10 +118,8 @@ def _linear_kernel(
     acc = product(x_tile, w_tile, column_mask, DEPTH, WIDTH, STRIDE_WK, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     if bias is not None:
         acc += tl.load(bias + expert * WIDTH + columns, mask=column_mask).to(tl.float32)[None, :]
-    if pre is not None:  # the activation of what is saved: backward recomputes it from there
-        saved = acc.to(pre.dtype.element_ty)
-        tl.store(pre + positions[:, None] * WIDTH + columns[None, :], saved, mask=mask)
-        acc = saved.to(tl.float32)
+    if pre is not None:
+        tl.store(pre + positions[:, None] * WIDTH + columns[None, :], acc.to(pre.dtype.element_ty), mask=mask)
     if GELU:
         acc = gelu_(acc)
     if residual is not None:
