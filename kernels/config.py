@@ -54,7 +54,7 @@ def shared_memory(arch: int) -> int:
 
 
 def fits(config: Config, arch: int, dtype: torch.dtype, width: int, depth: int) -> bool:
-    """Whether a GEMM tile of `config` is worth compiling: within shared memory and registers, not far wider than the data.
+    """Whether a GEMM tile of `config` fits shared memory and registers, and is not far wider than the data.
 
     Args:
         arch: compute capability, 80 for 8.0.
@@ -67,3 +67,103 @@ def fits(config: Config, arch: int, dtype: torch.dtype, width: int, depth: int) 
         and config.block_n < 2 * max(width, 64)
         and config.block_k < 2 * max(depth, 32)
     )
+
+
+_ROW_TILES = [
+    Config(block_m, block_n, block_k, warps, stages)
+    for block_m in (16, 32, 64, 128)
+    for block_n in (64, 128, 256)
+    for block_k in (32, 64)
+    for warps in (4, 8)
+    for stages in (2, 3, 4)
+]
+_WASTE = {128: 0.04, 64: 0.05, 32: 0.08, 16: 1.0}
+"""The share of row-tile padding up to which a row tile is taken: an expert's last tile is half empty on average."""
+_ENOUGH_PROGRAMS = 128  # about one for each multiprocessor of an A100 or H100
+
+
+def valid_row_configs(arch: int, dtype: torch.dtype, depth: int, width: int) -> list[Config]:
+    """Configs that a row kernel (the linear layer, fc1, fc2, the gradients of their inputs) may run with.
+
+    Args:
+        arch: compute capability, 80 for 8.0.
+        dtype: of the rows.
+        depth, width: length of the sum and output columns.
+    """
+    return [
+        config for config in _ROW_TILES if _worth_compiling(config, dtype) and fits(config, arch, dtype, width, depth)
+    ]
+
+
+def _worth_compiling(config: Config, dtype: torch.dtype) -> bool:
+    if dtype == torch.float32:
+        return config.block_k == 32 and config.accumulators <= 64
+    # with 8 warps on few rows each warp reads its own copy of the row tile from shared memory
+    return config.warps == 4 or config.block_m >= 64
+
+
+def default_row_config(
+    arch: int, dtype: torch.dtype, num_rows: int, num_experts: int, depth: int, width: int
+) -> Config:
+    """The config without tuning: little padding first, then two blocks a multiprocessor, enough programs, wide tiles.
+
+    Two blocks of four warps share a multiprocessor so that one's epilogue runs under the other's main loop.
+    """
+    configs = valid_row_configs(arch, dtype, depth, width)
+    # 64x256 needs fewer instructions a product than 128x128 with mma.sync; wgmma reads its operands from shared memory
+    largest = 128 if arch == 90 else 64
+    allowed = [m for m, share in _WASTE.items() if m <= largest and num_experts * m <= 2 * share * num_rows]
+    block_m = max(allowed, default=min(_WASTE))
+    stages = 3 if arch == 90 else 2
+
+    def merit(config: Config) -> tuple[float, ...]:
+        programs = -(-num_rows // config.block_m) * -(-width // config.block_n)
+        return (
+            -abs(config.block_m - block_m),
+            config.warps == 4,
+            config.blocks_per_multiprocessor(arch, dtype) >= 2,
+            programs >= _ENOUGH_PROGRAMS,
+            config.block_n if programs >= _ENOUGH_PROGRAMS else -config.block_n,
+            config.block_k,
+            -abs(config.stages - stages),
+        )
+
+    return max(configs, key=merit)
+
+
+def valid_weight_gradient_configs(arch: int, dtype: torch.dtype, out_width: int, in_width: int) -> list[Config]:
+    """Configs that a weight gradient may run with: block_m outputs x block_n inputs, block_k rows deep."""
+    configs = [
+        Config(block_m, block_n, block_k, warps, stages)
+        for block_m in (64, 128)
+        for block_n in (64, 128)
+        for block_k in (32, 64)
+        for warps in (4, 8)
+        for stages in (2, 3, 4)
+    ]
+    return [
+        config
+        for config in configs
+        if _worth_compiling(config, dtype)
+        and fits(config, arch, dtype, in_width, 1 << 30)
+        and config.block_m < 2 * max(out_width, 64)
+    ]
+
+
+def default_weight_gradient_config(arch: int, dtype: torch.dtype, out_width: int, in_width: int) -> Config:
+    """The largest tile that still gives every multiprocessor one of the larger expert's tiles."""
+
+    def merit(config: Config) -> tuple[float, ...]:
+        programs = -(-out_width // config.block_m) * -(-in_width // config.block_n)
+        size = config.block_m * config.block_n
+        return (
+            config.warps == 4,
+            config.blocks_per_multiprocessor(arch, dtype) >= 2,
+            programs >= _ENOUGH_PROGRAMS,
+            size if programs >= _ENOUGH_PROGRAMS else -size,
+            config.block_n,
+            config.block_k,
+            -abs(config.stages - 2),
+        )
+
+    return max(valid_weight_gradient_configs(arch, dtype, out_width, in_width), key=merit)

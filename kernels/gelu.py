@@ -6,8 +6,8 @@ distribution is one exponential of a polynomial:
     q(a) = 1 - Phi(a) = 2 ** P(a),  a = |x|        gelu(x) = x Phi(x) = max(x, 0) - a q(a)
 
 P is a weighted minimax fit of degree 8 to log2(erfc(a / sqrt 2) / 2) on [0, 5.5] with P(0) = -1 exactly; its leading
-coefficient is negative, so q falls to 0 beyond the fit and no clamp is needed. Largest errors in fp32 against float64, over all x:
-gelu 1.1e-7 * max(1, |x|), derivative 1.7e-7.
+coefficient is negative, so q falls to 0 beyond the fit and no clamp is needed. Largest errors in fp32 against
+float64, over all x: gelu 1.1e-7 * max(1, |x|), derivative 1.7e-7.
 """
 
 from __future__ import annotations

@@ -4,20 +4,20 @@ The LayerNorm has no pass of its own. With h = gelu(x @ W1.T + b1), gain g and s
 
     fc2(LN(h)) = rstd * ((h * g) @ W2.T - mean * c) + d,    c = W2 @ g,    d = W2 @ s + b2
 
-so fc1 writes h * g together with the mean and the sum of squared deviations of each row's tile, and fc2 merges those and
-finishes in its epilogue: two launches once c and d are known (`fold`, a third small launch that reads W2 once). The gain goes to
-the rows, not into a folded copy of W2: rounding h * g costs what rounding h costs the plain computation, and training
-need not write E x D x 4D new weights every step.
+so fc1 writes h * g together with the mean and the squared deviations of each tile's part of a row, and fc2 merges those
+and finishes in its epilogue: two launches once c and d are known (`fold`, a third small launch that reads W2 once).
+The gain goes to the rows, not into a folded copy of W2: rounding h * g costs what rounding h costs the plain
+computation, and training need not write E x D x 4D new weights every step.
 
-Subtracting ``mean * c`` amplifies the rounding of the sum by |mean| / std. In 16 bits that is far below the rounding of h,
-since the sum is fp32; in fp32 it would show, so there fc1 writes h and fc2 takes (h - mean) * g as it loads it.
+Subtracting ``mean * c`` amplifies the rounding of the sum by |mean| / std. In 16 bits that is far below the rounding of
+h, since the sum is fp32; in fp32 it would show, so there fc1 writes h and fc2 takes (h - mean) * g as it loads it.
 
-Backward needs of the LayerNorm only two dot products a row, and both come from rows of width D: with z = rstd * (h * g - mean * g) @ W2.T,
-which fc2 keeps,
+Backward needs of the LayerNorm only two dot products a row, and both come from rows of width D. With
+z = rstd * ((h - mean) * g) @ W2.T, which fc2 keeps, n = (h - mean) * rstd and dn = (dy @ W2) * g,
 
-    sum_k dn_k = dy . c,    sum_k dn_k n_k = dy . z,    n = (h - mean) * rstd,  dn = (dy @ W2) * g
+    sum_k dn_k = dy . c,    sum_k dn_k n_k = dy . z
 
-so the epilogue of dy @ W2 goes from there to the gradient of the pre-activation, and nothing of size N x 4D is kept but that.
+so the epilogue of dy @ W2 goes on to the gradient of the pre-activation, the one saved tensor of size N x 4D.
 """
 
 from __future__ import annotations
@@ -27,13 +27,19 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Config
+from .config import (
+    Config,
+    default_row_config,
+    default_weight_gradient_config,
+    valid_row_configs,
+    valid_weight_gradient_configs,
+)
 from .gelu import gelu, gelu_and_derivative
+from .launch import launch
 from .multiway_linear import (
     GROUP_M,
     check_contiguous,
     check_layout,
-    default_config,
     launch_rows,
     launch_weight_gradient,
     product,
@@ -80,7 +86,7 @@ def _fc1_kernel(
     expert, first, end, column_tile = locate_tile(expert_offsets, num_rows, NUM_EXPERTS, WIDTH, BLOCK_M, BLOCK_N, GROUP)
     if (first >= end) | (expert == NUM_EXPERTS):
         return
-    positions, x_rows, row_mask = tile_rows(first, end, row_index, BLOCK_M)
+    positions, x_rows, row_mask = tile_rows(first, end, row_index, num_rows, BLOCK_M)
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     column_mask = columns < WIDTH
     mask = row_mask[:, None] & column_mask[None, :]
@@ -150,7 +156,7 @@ def _fc2_kernel(
     expert, first, end, column_tile = locate_tile(expert_offsets, num_rows, NUM_EXPERTS, WIDTH, BLOCK_M, BLOCK_N, GROUP)
     if first >= end:
         return
-    positions, out_rows, row_mask = tile_rows(first, end, row_index, BLOCK_M)
+    positions, out_rows, row_mask = tile_rows(first, end, row_index, num_rows, BLOCK_M)
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     column_mask = columns < WIDTH
     mask = row_mask[:, None] & column_mask[None, :]
@@ -171,7 +177,7 @@ def _fc2_kernel(
         partials, positions, num_rows, DEPTH, STATISTICS_TILE, STATISTICS_TILES, PADDED_TILES, EPS
     )
     if mean_out is not None:
-        if column_tile == 0:
+        if column_tile == 0:  # noqa: SIM102  (the outer condition is settled at compile time)
             tl.store(mean_out + positions, mean, mask=row_mask)
             tl.store(rstd_out + positions, rstd, mask=row_mask)
     k = tl.arange(0, BLOCK_K)
@@ -209,7 +215,7 @@ def _row_dots_kernel(
     expert, first, end, _ = locate_tile(expert_offsets, num_rows, NUM_EXPERTS, 1, BLOCK_M, 1, 1)
     if (first >= end) | (expert == NUM_EXPERTS):
         return
-    positions, rows, row_mask = tile_rows(first, end, row_index, BLOCK_M)
+    positions, rows, row_mask = tile_rows(first, end, row_index, num_rows, BLOCK_M)
     with_gain = tl.zeros((BLOCK_M,), tl.float32)
     with_branch = tl.zeros((BLOCK_M,), tl.float32)
     for start in range(0, WIDTH, BLOCK_N):
@@ -240,7 +246,7 @@ def _hidden_gradient_kernel(
     expert, first, end, column_tile = locate_tile(expert_offsets, num_rows, NUM_EXPERTS, WIDTH, BLOCK_M, BLOCK_N, GROUP)
     if (first >= end) | (expert == NUM_EXPERTS):
         return
-    positions, dy_rows, row_mask = tile_rows(first, end, row_index, BLOCK_M)
+    positions, dy_rows, row_mask = tile_rows(first, end, row_index, num_rows, BLOCK_M)
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     column_mask = columns < WIDTH
     mask = row_mask[:, None] & column_mask[None, :]
@@ -277,7 +283,7 @@ def _norm_gradient_kernel(
     partials, expert_offsets, dgain, dshift, WIDTH: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     TILES: tl.constexpr,
 ):  # fmt: skip
-    """Sums partials [row tile, 2, WIDTH] over the row tiles of each expert, in order; BLOCK_M as in the kernel that wrote them."""
+    """Sums partials [row tile, 2, WIDTH] over the row tiles of each expert, in order; BLOCK_M is their writer's."""
     columns = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     column_mask = columns < WIDTH
     expert = tl.program_id(1)
@@ -297,6 +303,37 @@ def _norm_gradient_kernel(
     tl.store(dshift + expert * WIDTH + columns, shift.to(dshift.dtype.element_ty), mask=column_mask)
 
 
+# ---- which configs are allowed, and the default ----------------------------------------------------------------------
+
+
+def valid_configs(arch: int, dtype: torch.dtype, width: int, hidden: int) -> dict[str, list[Config]]:
+    """What each launch may run with: "fc1", "fc2", "dhidden" (through the activation), "dx", "dfc1" and "dfc2"."""
+    return {
+        "fc1": valid_row_configs(arch, dtype, width, hidden),
+        "fc2": valid_row_configs(arch, dtype, hidden, width),
+        "dhidden": valid_row_configs(arch, dtype, width, hidden),
+        "dx": valid_row_configs(arch, dtype, hidden, width),
+        "dfc1": valid_weight_gradient_configs(arch, dtype, hidden, width),
+        "dfc2": valid_weight_gradient_configs(arch, dtype, width, hidden),
+    }
+
+
+def default_configs(
+    arch: int, dtype: torch.dtype, num_rows: int, num_experts: int, width: int, hidden: int
+) -> dict[str, Config]:
+    """The choice without tuning, one of :func:`valid_configs` for each launch."""
+    wide = default_row_config(arch, dtype, num_rows, num_experts, width, hidden)
+    narrow = default_row_config(arch, dtype, num_rows, num_experts, hidden, width)
+    return {
+        "fc1": wide,
+        "fc2": narrow,
+        "dhidden": wide,
+        "dx": narrow,
+        "dfc1": default_weight_gradient_config(arch, dtype, hidden, width),
+        "dfc2": default_weight_gradient_config(arch, dtype, width, hidden),
+    }
+
+
 # ---- launches --------------------------------------------------------------------------------------------------------
 
 
@@ -314,7 +351,9 @@ def fold(norm_weight: Tensor, norm_bias: Tensor, fc2_weight: Tensor, fc2_bias: T
     num_experts, width, hidden = fc2_weight.shape
     folded = fc2_weight.new_empty(2, num_experts, width, dtype=torch.float32)
     block_m = 8
-    _fold_kernel[(triton.cdiv(width, block_m), num_experts)](
+    launch(
+        _fold_kernel,
+        (triton.cdiv(width, block_m), num_experts),
         norm_weight,
         norm_bias,
         fc2_weight,
@@ -347,9 +386,7 @@ def forward(
     save: bool = False,
     *,
     precision: str = "ieee",
-    fc1_config: Config | None = None,
-    fc2_config: Config | None = None,
-    arch: int = 80,
+    configs: dict[str, Config] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """``ops.multiway_ffn``: two launches, three if `folded` must be computed.
 
@@ -363,7 +400,7 @@ def forward(
         folded: :func:`fold` of the last four parameters, None to compute it here.
         save: keep what `backward` needs.
         precision: of fp32 products: "ieee" or "tf32".
-        fc1_config, fc2_config: None for the defaults of `arch` (compute capability, 80 for 8.0).
+        configs: see :func:`valid_configs`; None for the defaults of compute capability 8.0.
 
     Returns:
         out (N, D) in the promoted dtype of x and residual, rows past the last offset zeros (plus the residual); then
@@ -384,16 +421,17 @@ def forward(
     hidden = x.new_empty(num_rows, hidden_width)
     statistics = x.new_empty((2, num_rows) if save and norm_weight is not None else (2, 0), dtype=torch.float32)
     branch = x.new_empty(x.shape if save and norm_weight is not None else 0)
-    common = {"precision": precision, "arch": arch}
+    configs = configs or default_configs(80, x.dtype, num_rows, num_experts, width, hidden_width)
+    fc1_config, fc2_config = configs["fc1"], configs["fc2"]
 
     if norm_weight is None or norm_bias is None:
         launch_rows(
             x, fc1_weight, fc1_bias, expert_offsets, hidden, gelu=True, x_index=row_index,
-            pre=pre if save else None, config=fc1_config, **common,
+            pre=pre if save else None, config=fc1_config, precision=precision,
         )  # fmt: skip
         launch_rows(
             hidden, fc2_weight, fc2_bias, expert_offsets, out, residual=residual, out_index=row_index,
-            config=fc2_config, **common,
+            config=fc2_config, precision=precision,
         )  # fmt: skip
         return out, pre, statistics[0], statistics[1], branch, statistics.new_empty(0)
 
@@ -401,15 +439,13 @@ def forward(
         folded = fold(norm_weight, norm_bias, fc2_weight, fc2_bias)
     if out.numel() == 0:
         return out, pre, statistics[0], statistics[1], branch, folded if save else statistics.new_empty(0)
-    if fc1_config is None:
-        fc1_config = default_config(arch, x.dtype, num_rows, num_experts, width, hidden_width)
-    if fc2_config is None:
-        fc2_config = default_config(arch, x.dtype, num_rows, num_experts, hidden_width, width)
     center = x.dtype == torch.float32
     column_tiles = triton.cdiv(hidden_width, fc1_config.block_n)
     partials = statistics.new_empty(2, column_tiles, num_rows)
     row_tiles = row_tile_capacity(num_rows, num_experts, fc1_config.block_m)
-    _fc1_kernel[(row_tiles * column_tiles,)](
+    launch(
+        _fc1_kernel,
+        (row_tiles * column_tiles,),
         x,
         fc1_weight,
         fc1_bias,
@@ -434,7 +470,9 @@ def forward(
         **fc1_config.options(),
     )
     row_tiles = row_tile_capacity(num_rows, num_experts, fc2_config.block_m)
-    _fc2_kernel[(row_tiles * triton.cdiv(width, fc2_config.block_n),)](
+    launch(
+        _fc2_kernel,
+        (row_tiles * triton.cdiv(width, fc2_config.block_n),),
         hidden,
         fc2_weight,
         norm_weight,
@@ -487,8 +525,7 @@ def backward(
     needs_parameters: bool = True,
     *,
     precision: str = "ieee",
-    hidden_config: Config | None = None,
-    arch: int = 80,
+    configs: dict[str, Config] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients (dx, dfc1_weight, dfc1_bias, dnorm_weight, dnorm_bias, dfc2_weight, dfc2_bias): six launches.
 
@@ -506,8 +543,8 @@ def backward(
     check_contiguous(norm_weight=norm_weight, norm_bias=norm_bias, row_index=row_index, pre=pre, branch=branch)
     num_experts, hidden_width, width = fc1_weight.shape
     num_rows = x.shape[0]
-    if hidden_config is None:
-        hidden_config = default_config(arch, x.dtype, num_rows, num_experts, width, hidden_width)
+    configs = configs or default_configs(80, x.dtype, num_rows, num_experts, width, hidden_width)
+    hidden_config = configs["dhidden"]
     dpre, hidden = torch.empty_like(pre), torch.empty_like(pre)
     has_norm = norm_weight is not None and norm_bias is not None
     dots = partials = None
@@ -517,7 +554,9 @@ def backward(
     if num_rows:
         if has_norm:
             rows_per_program = 4
-            _row_dots_kernel[(row_tile_capacity(num_rows, num_experts, rows_per_program),)](
+            launch(
+                _row_dots_kernel,
+                (row_tile_capacity(num_rows, num_experts, rows_per_program),),
                 dy,
                 branch,
                 folded,
@@ -533,7 +572,9 @@ def backward(
                 num_warps=4,
             )
         row_tiles = row_tile_capacity(num_rows, num_experts, hidden_config.block_m)
-        _hidden_gradient_kernel[(row_tiles * triton.cdiv(hidden_width, hidden_config.block_n),)](
+        launch(
+            _hidden_gradient_kernel,
+            (row_tiles * triton.cdiv(hidden_width, hidden_config.block_n),),
             dy,
             fc2_weight,
             norm_weight,
@@ -562,17 +603,25 @@ def backward(
             **hidden_config.options(),
         )
     dx = x.new_empty(x.shape if needs_x else 0)
-    common = {"precision": precision, "config": None, "arch": arch}
-    launch_rows(dpre, fc1_weight, None, expert_offsets, dx, transposed=True, out_index=row_index, **common)
+    launch_rows(
+        dpre, fc1_weight, None, expert_offsets, dx, transposed=True, out_index=row_index, config=configs["dx"],
+        precision=precision,
+    )  # fmt: skip
     empty = x.new_empty(0)
     if not needs_parameters:
         return dx, empty, empty, empty, empty, empty, empty
-    dfc2 = launch_weight_gradient(dy, hidden, fc2_weight, expert_offsets, dy_index=row_index, **common)
-    dfc1 = launch_weight_gradient(dpre, x, fc1_weight, expert_offsets, x_index=row_index, **common)
+    dfc2 = launch_weight_gradient(
+        dy, hidden, fc2_weight, expert_offsets, dy_index=row_index, config=configs["dfc2"], precision=precision
+    )
+    dfc1 = launch_weight_gradient(
+        dpre, x, fc1_weight, expert_offsets, x_index=row_index, config=configs["dfc1"], precision=precision
+    )
     dnorm_weight = dnorm_bias = empty
     if has_norm:
         dnorm_weight, dnorm_bias = torch.empty_like(norm_weight), torch.empty_like(norm_bias)
-        _norm_gradient_kernel[(triton.cdiv(hidden_width, 64), num_experts)](
+        launch(
+            _norm_gradient_kernel,
+            (triton.cdiv(hidden_width, 64), num_experts),
             partials,
             expert_offsets,
             dnorm_weight,

@@ -13,9 +13,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import Config, fits
+from .config import (
+    Config,
+    default_row_config,
+    default_weight_gradient_config,
+    valid_row_configs,
+    valid_weight_gradient_configs,
+)
 from .gelu import gelu as gelu_
 from .gelu import gelu_and_derivative
+from .launch import launch
 from .tiles import locate_tile, row_tile_capacity
 
 GROUP_M = 8  # row tiles that share a weight tile in L2
@@ -53,7 +60,7 @@ def product(
 
 
 @triton.jit
-def tile_rows(first, end, row_index, BLOCK_M: tl.constexpr):
+def tile_rows(first, end, row_index, num_rows, BLOCK_M: tl.constexpr):
     """(positions, rows, mask) of a row tile, in int64. Positions past `end` repeat the last one: loads need no mask."""
     positions = first + tl.arange(0, BLOCK_M)
     inside = positions < end
@@ -61,6 +68,7 @@ def tile_rows(first, end, row_index, BLOCK_M: tl.constexpr):
     rows = positions
     if row_index is not None:
         rows = tl.load(row_index + positions)
+        tl.device_assert((rows >= 0) & (rows < num_rows), "row_index out of range")
     return positions.to(tl.int64), rows.to(tl.int64), inside
 
 
@@ -94,7 +102,7 @@ def _linear_kernel(
     expert, first, end, column_tile = locate_tile(expert_offsets, num_rows, NUM_EXPERTS, WIDTH, BLOCK_M, BLOCK_N, GROUP)
     if first >= end:
         return
-    positions, out_rows, row_mask = tile_rows(first, end, out_index, BLOCK_M)
+    positions, out_rows, row_mask = tile_rows(first, end, out_index, num_rows, BLOCK_M)
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     column_mask = columns < WIDTH
     mask = row_mask[:, None] & column_mask[None, :]
@@ -110,7 +118,7 @@ def _linear_kernel(
         tl.store(out_tile, padding.to(out.dtype.element_ty), mask=mask)
         return
 
-    _, x_rows, _ = tile_rows(first, end, x_index, BLOCK_M)
+    _, x_rows, _ = tile_rows(first, end, x_index, num_rows, BLOCK_M)
     k = tl.arange(0, BLOCK_K)
     expert = expert.to(tl.int64)
     x_tile = x + x_rows[:, None] * STRIDE_X + k[None, :]  # [BM, BK]
@@ -215,100 +223,25 @@ def _gelu_backward_kernel(dy, pre, row_index, dpre, WIDTH: tl.constexpr, STRIDE_
 
 # ---- which configs are allowed, and the default ----------------------------------------------------------------------
 
-_ROW_TILES = [
-    Config(block_m, block_n, block_k, warps, stages)
-    for block_m in (16, 32, 64, 128)
-    for block_n in (64, 128, 256)
-    for block_k in (32, 64)
-    for warps in (4, 8)
-    for stages in (2, 3, 4)
-]
-_WASTE = {128: 0.04, 64: 0.05, 32: 0.08, 16: 1.0}
-"""The share of row-tile padding up to which a row tile is taken: an expert's last tile is half empty on average."""
-_ENOUGH_PROGRAMS = 128  # about one for each multiprocessor of an A100 or H100
+
+def valid_configs(arch: int, dtype: torch.dtype, in_width: int, out_width: int) -> dict[str, list[Config]]:
+    """What each launch may run with: "forward", "dx" (the gradient of x) and "dweight"."""
+    return {
+        "forward": valid_row_configs(arch, dtype, in_width, out_width),
+        "dx": valid_row_configs(arch, dtype, out_width, in_width),
+        "dweight": valid_weight_gradient_configs(arch, dtype, out_width, in_width),
+    }
 
 
-def valid_configs(arch: int, dtype: torch.dtype, depth: int, width: int) -> list[Config]:
-    """Configs that a row kernel (the linear layer, fc1, fc2, the gradients of their inputs) may run with.
-
-    Args:
-        arch: compute capability, 80 for 8.0.
-        dtype: of the rows.
-        depth, width: length of the sum and output columns.
-    """
-    return [config for config in _ROW_TILES if _worth_compiling(config, dtype) and fits(config, arch, dtype, width, depth)]
-
-
-def _worth_compiling(config: Config, dtype: torch.dtype) -> bool:
-    if dtype == torch.float32:
-        return config.block_k == 32 and config.accumulators <= 64
-    # with 8 warps on few rows each warp reads its own copy of the row tile from shared memory
-    return config.warps == 4 or config.block_m >= 64
-
-
-def default_config(arch: int, dtype: torch.dtype, num_rows: int, num_experts: int, depth: int, width: int) -> Config:
-    """The config without tuning: little padding first, then two blocks a multiprocessor, enough programs, wide tiles.
-
-    Two blocks of four warps share a multiprocessor so that one's epilogue runs under the other's main loop.
-    """
-    configs = valid_configs(arch, dtype, depth, width)
-    # 64x256 needs fewer instructions a product than 128x128 with mma.sync; wgmma reads its operands from shared memory
-    largest = 128 if arch == 90 else 64
-    allowed = [m for m, share in _WASTE.items() if m <= largest and num_experts * m <= 2 * share * num_rows]
-    block_m = max(allowed, default=min(_WASTE))
-    stages = 3 if arch == 90 else 2
-
-    def merit(config: Config) -> tuple[float, ...]:
-        programs = -(-num_rows // config.block_m) * -(-width // config.block_n)
-        return (
-            -abs(config.block_m - block_m),
-            config.warps == 4,
-            config.blocks_per_multiprocessor(arch, dtype) >= 2,
-            programs >= _ENOUGH_PROGRAMS,
-            config.block_n if programs >= _ENOUGH_PROGRAMS else -config.block_n,
-            config.block_k,
-            -abs(config.stages - stages),
-        )
-
-    return max(configs, key=merit)
-
-
-def valid_weight_gradient_configs(arch: int, dtype: torch.dtype, out_width: int, in_width: int) -> list[Config]:
-    """Configs that the weight gradient may run with; its tile is block_m outputs x block_n inputs, block_k rows deep."""
-    configs = [
-        Config(block_m, block_n, block_k, warps, stages)
-        for block_m in (64, 128)
-        for block_n in (64, 128)
-        for block_k in (32, 64)
-        for warps in (4, 8)
-        for stages in (2, 3, 4)
-    ]
-    return [
-        config
-        for config in configs
-        if _worth_compiling(config, dtype)
-        and fits(config, arch, dtype, in_width, 1 << 30)
-        and config.block_m < 2 * max(out_width, 64)
-    ]
-
-
-def default_weight_gradient_config(arch: int, dtype: torch.dtype, out_width: int, in_width: int) -> Config:
-    """The largest tile that still gives every multiprocessor one of the larger expert's tiles."""
-
-    def merit(config: Config) -> tuple[float, ...]:
-        programs = -(-out_width // config.block_m) * -(-in_width // config.block_n)
-        size = config.block_m * config.block_n
-        return (
-            config.warps == 4,
-            config.blocks_per_multiprocessor(arch, dtype) >= 2,
-            programs >= _ENOUGH_PROGRAMS,
-            size if programs >= _ENOUGH_PROGRAMS else -size,
-            config.block_n,
-            config.block_k,
-            -abs(config.stages - 2),
-        )
-
-    return max(valid_weight_gradient_configs(arch, dtype, out_width, in_width), key=merit)
+def default_configs(
+    arch: int, dtype: torch.dtype, num_rows: int, num_experts: int, in_width: int, out_width: int
+) -> dict[str, Config]:
+    """The choice without tuning, one of :func:`valid_configs` for each launch."""
+    return {
+        "forward": default_row_config(arch, dtype, num_rows, num_experts, in_width, out_width),
+        "dx": default_row_config(arch, dtype, num_rows, num_experts, out_width, in_width),
+        "dweight": default_weight_gradient_config(arch, dtype, out_width, in_width),
+    }
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------
@@ -342,19 +275,18 @@ def launch_rows(
     out_index: Tensor | None = None,
     pre: Tensor | None = None,
     precision: str,
-    config: Config | None,
-    arch: int,
+    config: Config,
 ) -> None:
     """Fills `out` (N, width) with ``residual + act(x @ weight[e].T + bias[e])``, or ``x @ weight[e]`` if transposed."""
     num_experts, width, depth = weight.shape if not transposed else (weight.shape[0], weight.shape[2], weight.shape[1])
     num_rows = out.shape[0]
     if out.numel() == 0:
         return
-    if config is None:
-        config = default_config(arch, x.dtype, num_rows, num_experts, depth, width)
     grid = (row_tile_capacity(num_rows, num_experts, config.block_m) * triton.cdiv(width, config.block_n),)
     stride_n, stride_k = weight.stride()[1:] if not transposed else weight.stride()[:0:-1]
-    _linear_kernel[grid](
+    launch(
+        _linear_kernel,
+        grid,
         x,
         weight,
         bias,
@@ -392,17 +324,16 @@ def launch_weight_gradient(
     dy_index: Tensor | None = None,
     x_index: Tensor | None = None,
     precision: str,
-    config: Config | None,
-    arch: int,
+    config: Config,
 ) -> tuple[Tensor, Tensor]:
     """(dweight, dbias) of a linear layer, in weight's dtype; zeros for an expert without rows."""
     num_experts, out_width, in_width = weight.shape
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dbias = weight.new_empty(num_experts, out_width)
-    if config is None:
-        config = default_weight_gradient_config(arch, x.dtype, out_width, in_width)
     grid = (triton.cdiv(out_width, config.block_m) * (1 + triton.cdiv(in_width, config.block_n)), num_experts)
-    _weight_gradient_kernel[grid](
+    launch(
+        _weight_gradient_kernel,
+        grid,
         dy,
         x,
         expert_offsets,
@@ -434,8 +365,7 @@ def forward(
     save: bool = False,
     *,
     precision: str = "ieee",
-    config: Config | None = None,
-    arch: int = 80,
+    configs: dict[str, Config] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``ops.multiway_linear``: one launch.
 
@@ -447,7 +377,7 @@ def forward(
         row_index: int32 or int64 (N,).
         save: keep the pre-activation for `backward`.
         precision: of fp32 products: "ieee" or "tf32".
-        config: None for the default of `arch` (compute capability, 80 for 8.0).
+        configs: see :func:`valid_configs`; None for the defaults of compute capability 8.0.
 
     Returns:
         out (N, O) in the promoted dtype of x and residual, rows past the last offset zeros (plus the residual); and
@@ -458,6 +388,8 @@ def forward(
     """
     check_layout(x=x, weight=weight, residual=residual)
     check_contiguous(bias=bias, row_index=row_index)
+    num_experts, out_width, in_width = weight.shape
+    configs = configs or default_configs(80, x.dtype, x.shape[0], num_experts, in_width, out_width)
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     out = x.new_empty(x.shape[0], weight.shape[1], dtype=dtype)
     pre = x.new_empty(out.shape if save and gelu else 0)
@@ -473,8 +405,7 @@ def forward(
         out_index=row_index,
         pre=pre if save and gelu else None,
         precision=precision,
-        config=config,
-        arch=arch,
+        config=configs["forward"],
     )
     return out, pre
 
@@ -490,9 +421,7 @@ def backward(
     needs_parameters: bool = True,
     *,
     precision: str = "ieee",
-    config: Config | None = None,
-    weight_gradient_config: Config | None = None,
-    arch: int = 80,
+    configs: dict[str, Config] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients (dx, dweight, dbias) of :func:`forward`: two launches, three with an activation.
 
@@ -508,12 +437,23 @@ def backward(
     """
     check_layout(dy=dy, x=x, weight=weight)
     check_contiguous(pre=pre, row_index=row_index)
+    num_experts, out_width, in_width = weight.shape
+    configs = configs or default_configs(80, x.dtype, x.shape[0], num_experts, in_width, out_width)
     dpre, dpre_index = dy, row_index
     if pre is not None:
         dpre, dpre_index = torch.empty_like(pre), None
         if dpre.numel():
-            _gelu_backward_kernel[(dpre.shape[0],)](
-                dy, pre, row_index, dpre, WIDTH=pre.shape[1], STRIDE_DY=dy.stride(0), BLOCK=1024, num_warps=4
+            launch(
+                _gelu_backward_kernel,
+                (dpre.shape[0],),
+                dy,
+                pre,
+                row_index,
+                dpre,
+                WIDTH=pre.shape[1],
+                STRIDE_DY=dy.stride(0),
+                BLOCK=1024,
+                num_warps=4,
             )
     dx = x.new_empty(x.shape if needs_x else 0)
     launch_rows(
@@ -526,8 +466,7 @@ def backward(
         x_index=dpre_index,
         out_index=row_index,
         precision=precision,
-        config=config,
-        arch=arch,
+        config=configs["dx"],
     )
     if not needs_parameters:
         return dx, weight.new_empty(0), weight.new_empty(0)
@@ -539,7 +478,6 @@ def backward(
         dy_index=dpre_index,
         x_index=row_index,
         precision=precision,
-        config=weight_gradient_config,
-        arch=arch,
+        config=configs["dweight"],
     )
     return dx, dweight, dbias

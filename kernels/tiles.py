@@ -22,8 +22,8 @@ def locate_tile(
     """(expert, first row, end of the expert's rows, column tile) of this program.
 
     Row tiles of expert 0 come first. Rows behind the last offset belong to "expert" NUM_EXPERTS, the padding; a program
-    past all tiles gets first >= end. Programs that run together share GROUP_M row tiles, so that a weight tile
-    is read from L2 by GROUP_M programs while a row tile stays there too.
+    past all tiles gets first >= end. Programs that run together share GROUP_M row tiles, so that both their weight tiles
+    and their row tiles stay in L2. With TRITON_DEBUG=1 the offsets are checked.
     """
     column_tiles: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     row_tiles = tl.num_programs(0) // column_tiles
@@ -42,6 +42,7 @@ def locate_tile(
         stop = num_rows
         if e < NUM_EXPERTS:
             stop = tl.load(expert_offsets + e + 1)
+            tl.device_assert((start <= stop) & (stop <= num_rows), "expert_offsets decrease or exceed the rows")
         tiles = (stop - start + BLOCK_M - 1) // BLOCK_M
         mine = (tile >= before) & (tile < before + tiles)
         expert = tl.where(mine, e, expert)
