@@ -7,10 +7,9 @@ from typing import Any
 
 import torch
 
-SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99}
-"""KB of shared memory a block may use, by compute capability (CUDA C++ Programming Guide, technical specifications)."""
-
-ARCHITECTURES = tuple(SHARED_MEMORY)
+SHARED_MEMORY = {80: 163, 86: 99, 89: 99, 90: 227, 100: 227, 120: 99, 942: 64}
+"""KB of shared memory a block may use, by compute capability (CUDA C++ Programming Guide, technical specifications); 942
+is AMD's gfx942."""
 
 
 @dataclass(frozen=True, order=True)

@@ -177,7 +177,7 @@ def _fc2_kernel(
         partials, positions, num_rows, DEPTH, STATISTICS_TILE, STATISTICS_TILES, PADDED_TILES, EPS
     )
     if mean_out is not None:
-        if column_tile == 0:  # noqa: SIM102  (the outer condition is settled at compile time)
+        if column_tile == 0:
             tl.store(mean_out + positions, mean, mask=row_mask)
             tl.store(rstd_out + positions, rstd, mask=row_mask)
     k = tl.arange(0, BLOCK_K)
@@ -419,8 +419,9 @@ def forward(
     out = x.new_empty(x.shape, dtype=x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype))
     pre = x.new_empty((num_rows, hidden_width) if save else 0)
     hidden = x.new_empty(num_rows, hidden_width)
-    statistics = x.new_empty((2, num_rows) if save and norm_weight is not None else (2, 0), dtype=torch.float32)
-    branch = x.new_empty(x.shape if save and norm_weight is not None else 0)
+    keeps_norm = save and norm_weight is not None
+    mean, rstd = (x.new_empty(num_rows if keeps_norm else 0, dtype=torch.float32) for _ in range(2))
+    branch = x.new_empty(x.shape if keeps_norm else 0)
     configs = configs or default_configs(80, x.dtype, num_rows, num_experts, width, hidden_width)
     fc1_config, fc2_config = configs["fc1"], configs["fc2"]
 
@@ -433,15 +434,15 @@ def forward(
             hidden, fc2_weight, fc2_bias, expert_offsets, out, residual=residual, out_index=row_index,
             config=fc2_config, precision=precision,
         )  # fmt: skip
-        return out, pre, statistics[0], statistics[1], branch, statistics.new_empty(0)
+        return out, pre, mean, rstd, branch, mean.new_empty(0)
 
     if folded is None:
         folded = fold(norm_weight, norm_bias, fc2_weight, fc2_bias)
     if out.numel() == 0:
-        return out, pre, statistics[0], statistics[1], branch, folded if save else statistics.new_empty(0)
+        return out, pre, mean, rstd, branch, folded if save else mean.new_empty(0)
     center = x.dtype == torch.float32
     column_tiles = triton.cdiv(hidden_width, fc1_config.block_n)
-    partials = statistics.new_empty(2, column_tiles, num_rows)
+    partials = mean.new_empty(2, column_tiles, num_rows)
     row_tiles = row_tile_capacity(num_rows, num_experts, fc1_config.block_m)
     launch(
         _fc1_kernel,
@@ -483,8 +484,8 @@ def forward(
         row_index,
         out,
         branch if save else None,
-        statistics[0] if save else None,
-        statistics[1] if save else None,
+        mean if save else None,
+        rstd if save else None,
         num_rows,
         NUM_EXPERTS=num_experts,
         DEPTH=hidden_width,
@@ -504,7 +505,7 @@ def forward(
         GROUP=GROUP_M,
         **fc2_config.options(),
     )
-    return out, pre, statistics[0], statistics[1], branch, folded if save else statistics.new_empty(0)
+    return out, pre, mean, rstd, branch, folded if save else mean.new_empty(0)
 
 
 def backward(

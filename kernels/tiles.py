@@ -22,8 +22,8 @@ def locate_tile(
     """(expert, first row, end of the expert's rows, column tile) of this program.
 
     Row tiles of expert 0 come first. Rows behind the last offset belong to "expert" NUM_EXPERTS, the padding; a program
-    past all tiles gets first >= end. Programs that run together share GROUP_M row tiles, so that both their weight tiles
-    and their row tiles stay in L2. With TRITON_DEBUG=1 the offsets are checked.
+    past all tiles gets first >= end. Programs that run together share GROUP_M row tiles, so that their row tiles and
+    their weight tiles stay in L2. With TRITON_DEBUG=1 the offsets are checked.
     """
     column_tiles: tl.constexpr = (COLUMNS + BLOCK_N - 1) // BLOCK_N
     row_tiles = tl.num_programs(0) // column_tiles

@@ -2,13 +2,14 @@
 
 from .attention import attention, attention_reference
 from .layer_norm import layer_norm, layer_norm_reference
-from .multiway_ffn import multiway_ffn, multiway_ffn_reference
+from .multiway_ffn import fold_norm, multiway_ffn, multiway_ffn_reference
 from .multiway_linear import multiway_linear, multiway_linear_reference
 from .route_tokens import route_tokens, route_tokens_reference
 
 __all__ = [
     "attention",
     "attention_reference",
+    "fold_norm",
     "layer_norm",
     "layer_norm_reference",
     "multiway_ffn",

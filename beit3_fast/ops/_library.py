@@ -2,7 +2,8 @@
 
 Every op is ``torch.ops.beit3_fast.<op>`` with its backward ``torch.ops.beit3_fast.<op>_backward``. The plain PyTorch
 implementation is registered for every device (CompositeExplicitAutograd); a compiled kernel registers itself for its
-device and takes precedence there. Nothing else decides.
+device and takes precedence there. An op with Triton kernels asks :mod:`._triton` whether they serve the call: on a GPU
+that they support, and everywhere under ``use_backend("triton")``.
 """
 
 from __future__ import annotations
@@ -14,14 +15,28 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._triton import on_device, serves
+
 _LIBRARY = torch.library.Library("beit3_fast", "DEF")
 
 
-def define(schema: str, fallback: Callable[..., Any], fake: Callable[..., Any]) -> torch._ops.OpOverload:
-    """Define an op, its plain PyTorch implementation for all devices and its shapes (for torch.compile and export)."""
+def define(
+    schema: str, fallback: Callable[..., Any], fake: Callable[..., Any], triton: Callable[..., Any] | None = None
+) -> torch._ops.OpOverload:
+    """Define an op, its plain PyTorch implementation for all devices and its shapes (for torch.compile and export).
+
+    `triton`, with the same arguments, takes the calls whose first tensor :func:`._triton.serves`.
+    """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
-    _LIBRARY.impl(name, fallback, "CompositeExplicitAutograd")
+
+    def implementation(*args: Any) -> Any:
+        if triton is not None and serves(args[0]):
+            with on_device(args[0]):
+                return triton(*args)
+        return fallback(*args)
+
+    _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"beit3_fast::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.beit3_fast, name).default
 

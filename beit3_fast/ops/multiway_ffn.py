@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..backend import current_backend
+from ..tuning import choose
 from . import _library
 from ._library import (
     check_eps,
@@ -19,8 +20,10 @@ from ._library import (
     check_same_dtype,
     check_tensors,
     empty,
+    segments,
     wide,
 )
+from ._triton import precision, serves, unit_stride
 from .layer_norm import _layer_norm, _layer_norm_backward, layer_norm_reference
 from .multiway_linear import activate, gelu, gelu_backward, linear_backward, linear_forward, multiway_linear_reference
 
@@ -38,6 +41,7 @@ def multiway_ffn(
     residual: Tensor | None = None,
     row_index: Tensor | None = None,
     eps: float = 1e-5,
+    folded: Tensor | None = None,
 ) -> Tensor:
     """``residual + fc2(LayerNorm(gelu(fc1(x))))`` with the parameters of the row's expert.
 
@@ -55,6 +59,8 @@ def multiway_ffn(
         row_index: int32/int64 (N,), a permutation: position r stands for row ``row_index[r]`` of x, of residual and of
             the output.
         eps: of the LayerNorm.
+        folded: (2, E, D) fp32, :func:`fold_norm` of the last four parameters as they are now, so that a GPU need not
+            compute it again. Only read where no gradient is needed.
 
     Returns:
         (N, D) rows, in the same order as x.
@@ -80,11 +86,30 @@ def multiway_ffn(
     check_offsets(expert_offsets, num_experts, x)
     check_residual(residual, (x.shape[0], width), x)
     check_row_index(row_index, x)
+    if folded is not None:
+        check_parameter("folded", folded, (2, num_experts, width), x)
+        if folded.dtype != torch.float32:
+            raise ValueError(f"folded must be fp32, got {folded.dtype}")
     parameters = (fc1_weight, fc1_bias, norm_weight, norm_bias, fc2_weight, fc2_bias)
     if current_backend() == "reference":
         return multiway_ffn_reference(x, *parameters, expert_offsets, residual=residual, row_index=row_index, eps=eps)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
-    return _multiway_ffn(x, *parameters, expert_offsets, residual, row_index, eps, save)[0]
+    return _multiway_ffn(x, *parameters, expert_offsets, residual, row_index, eps, None if save else folded, save)[0]
+
+
+def fold_norm(norm_weight: Tensor, norm_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:
+    """What the LayerNorm's affine adds up to behind fc2, for ``multiway_ffn(..., folded=...)`` in inference.
+
+    Args:
+        norm_weight, norm_bias: (E, F). fc2_weight: (E, D, F). fc2_bias: (E, D).
+
+    Returns:
+        (2, E, D) fp32: ``fc2_weight[e] @ norm_weight[e]`` and ``fc2_weight[e] @ norm_bias[e] + fc2_bias[e]``.
+    """
+    weight = fc2_weight.float()
+    gains = torch.bmm(weight, norm_weight.float().unsqueeze(2)).squeeze(2)
+    shifts = torch.baddbmm(fc2_bias.float().unsqueeze(2), weight, norm_bias.float().unsqueeze(2)).squeeze(2)
+    return torch.stack((gains, shifts))
 
 
 def multiway_ffn_reference(
@@ -126,22 +151,34 @@ def _forward(
     residual: Tensor | None,
     row_index: Tensor | None,
     eps: float,
+    folded: Tensor | None,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = x if row_index is None else x.index_select(0, row_index)
     pre = linear_forward(rows, fc1_weight, fc1_bias, expert_offsets)
     hidden = activate(pre, in_place=not save)
-    mean = rstd = x.new_empty(0, dtype=wide(x.dtype))
+    mean, rstd = _no_statistics(x), _no_statistics(x)
     if norm_weight is not None and norm_bias is not None:
         hidden, _, mean, rstd = _layer_norm(hidden, None, norm_weight, norm_bias, expert_offsets, eps)
     out = linear_forward(hidden, fc2_weight, fc2_bias, expert_offsets)
+    branch, sums = empty(x), _no_statistics(x)
+    if save and norm_weight is not None and norm_bias is not None and serves(x):
+        # plain PyTorch was chosen where the kernels may run the backward: what they would have kept
+        sums = fold_norm(norm_weight, norm_bias, fc2_weight, fc2_bias)
+        branch = out.clone()
+        for expert, where in segments(expert_offsets, x.shape[0]):
+            branch[where] -= sums[1, expert].to(x.dtype)
     if row_index is not None:
         out = torch.empty_like(out).index_copy_(0, row_index.long(), out)
     if residual is not None:
         out = residual + out
     if not save:
-        return out, empty(x), mean.new_empty(0), rstd.new_empty(0)
-    return out, pre, mean, rstd if rstd is not mean else mean.clone()
+        return out, empty(x), _no_statistics(x), _no_statistics(x), branch, sums
+    return out, pre, mean, rstd, branch, sums
+
+
+def _no_statistics(x: Tensor) -> Tensor:
+    return x.new_empty(0, dtype=wide(x.dtype))
 
 
 def _fake(
@@ -156,12 +193,17 @@ def _fake(
     residual: Tensor | None,
     row_index: Tensor | None,
     eps: float,
+    folded: Tensor | None,
     save: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     pre = x.new_empty((x.shape[0], fc1_weight.shape[1]) if save else 0)
-    stats = x.new_empty(x.shape[0] if save and norm_weight is not None else 0, dtype=wide(x.dtype))
-    return x.new_empty(x.shape, dtype=dtype), pre, stats, torch.empty_like(stats)
+    keeps_norm = save and norm_weight is not None
+    stats = x.new_empty(x.shape[0] if keeps_norm else 0, dtype=wide(x.dtype))
+    for_kernels = keeps_norm and serves(x)
+    branch = x.new_empty(x.shape if for_kernels else 0)
+    sums = _no_statistics(x).new_empty((2, *fc2_bias.shape) if for_kernels else 0)
+    return x.new_empty(x.shape, dtype=dtype), pre, stats, torch.empty_like(stats), branch, sums
 
 
 def _backward_forward(
@@ -176,6 +218,8 @@ def _backward_forward(
     pre: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    branch: Tensor,
+    sums: Tensor,
     eps: float,
     needs_x: bool,
     needs_parameters: bool,
@@ -198,6 +242,8 @@ def _backward_forward(
     )
     if row_index is not None and needs_x:
         dx = torch.empty_like(dx).index_copy_(0, row_index.long(), dx)
+    if not needs_parameters:
+        dnorm_weight, dnorm_bias = empty(dnorm_weight), empty(dnorm_bias)
     return dx, dfc1_weight, dfc1_bias, dnorm_weight, dnorm_bias, dfc2_weight, dfc2_bias
 
 
@@ -213,6 +259,8 @@ def _backward_fake(
     pre: Tensor,
     mean: Tensor,
     rstd: Tensor,
+    branch: Tensor,
+    sums: Tensor,
     eps: float,
     needs_x: bool,
     needs_parameters: bool,
@@ -221,7 +269,9 @@ def _backward_fake(
         return x.new_empty(shape if needs_parameters else 0)
 
     def norm_parameter() -> Tensor:
-        return x.new_empty(0) if norm_weight is None else torch.empty_like(norm_weight)
+        if norm_weight is None:
+            return x.new_empty(0)
+        return norm_weight.new_empty(norm_weight.shape if needs_parameters else 0)
 
     return (
         x.new_empty(x.shape if needs_x else 0),
@@ -234,33 +284,62 @@ def _backward_fake(
     )
 
 
+def _triton_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from ..kernels import multiway_ffn as kernels
+
+    x, fc1_weight = args[:2]
+    num_experts, hidden, width = fc1_weight.shape
+    choice = choose("multiway_ffn", x.device, x.dtype, x.shape[0], num_experts, (width, hidden))
+    if not choice.use_triton:
+        return _forward(*args)
+    return kernels.forward(*args, precision=precision(), configs=choice.configs)
+
+
+def _triton_backward(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    from ..kernels import multiway_ffn as kernels
+
+    x, fc1_weight, norm_weight = args[:3]
+    *tensors, _, needs_x, needs_parameters = args
+    sums = tensors[-1]
+    num_experts, hidden, width = fc1_weight.shape
+    choice = choose("multiway_ffn_backward", x.device, x.dtype, x.shape[0], num_experts, (width, hidden))
+    if not choice.use_triton or (norm_weight is not None and not sums.numel()):
+        return _backward_forward(dy, *args)
+    return kernels.backward(
+        unit_stride(dy), *tensors, needs_x, needs_parameters, precision=precision(), configs=choice.configs
+    )
+
+
 _multiway_ffn = _library.define(
     "multiway_ffn(Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor? norm_weight, Tensor? norm_bias,"
     " Tensor fc2_weight, Tensor fc2_bias, Tensor expert_offsets, Tensor? residual, Tensor? row_index, float eps,"
-    " bool save) -> (Tensor out, Tensor pre_activation, Tensor mean, Tensor rstd)",
+    " Tensor? folded, bool save)"
+    " -> (Tensor out, Tensor pre_activation, Tensor mean, Tensor rstd, Tensor branch, Tensor sums)",
     _forward,
     _fake,
+    _triton_forward,
 )
 _multiway_ffn_backward = _library.define(
     "multiway_ffn_backward(Tensor dy, Tensor x, Tensor fc1_weight, Tensor? norm_weight, Tensor? norm_bias,"
     " Tensor fc2_weight, Tensor expert_offsets, Tensor? row_index, Tensor pre_activation, Tensor mean, Tensor rstd,"
-    " float eps, bool needs_x, bool needs_parameters) -> (Tensor dx, Tensor dfc1_weight, Tensor dfc1_bias,"
-    " Tensor dnorm_weight, Tensor dnorm_bias, Tensor dfc2_weight, Tensor dfc2_bias)",
+    " Tensor branch, Tensor sums, float eps, bool needs_x, bool needs_parameters)"
+    " -> (Tensor dx, Tensor dfc1_weight, Tensor dfc1_bias, Tensor dnorm_weight, Tensor dnorm_bias,"
+    " Tensor dfc2_weight, Tensor dfc2_bias)",
     _backward_forward,
     _backward_fake,
+    _triton_backward,
 )
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, fc1_weight, _, norm_weight, norm_bias, fc2_weight, _, expert_offsets, residual, row_index, eps, _ = inputs
-    _, pre, mean, rstd = output
-    ctx.save_for_backward(x, fc1_weight, norm_weight, norm_bias, fc2_weight, expert_offsets, row_index, pre, mean, rstd)
+    x, fc1_weight, _, norm_weight, norm_bias, fc2_weight, _, expert_offsets, residual, row_index, eps, *_ = inputs
+    ctx.save_for_backward(x, fc1_weight, norm_weight, norm_bias, fc2_weight, expert_offsets, row_index, *output[1:])
     ctx.eps, ctx.residual_dtype = eps, None if residual is None else residual.dtype
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 12
+        return (None,) * 13
     saved = ctx.saved_tensors
     needs_x, needs_parameters = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:7])
     grads: tuple[Tensor | None, ...] = (None,) * 7
@@ -268,7 +347,7 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
         computed = _multiway_ffn_backward(dy.to(saved[0].dtype), *saved, ctx.eps, needs_x, needs_parameters)
         grads = tuple(grad if need else None for grad, need in zip(computed, ctx.needs_input_grad[:7], strict=True))
     dresidual = None if ctx.residual_dtype is None else dy.to(ctx.residual_dtype)
-    return (*grads, None, dresidual, None, None, None)
+    return (*grads, None, dresidual, None, None, None, None)
 
 
 _library.differentiate(_multiway_ffn, _setup, _backward)

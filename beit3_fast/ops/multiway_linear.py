@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backend import current_backend
+from ..tuning import choose
 from . import _library
 from ._library import (
     check_offsets,
@@ -22,6 +23,7 @@ from ._library import (
     segments,
     wide,
 )
+from ._triton import precision, unit_stride
 
 
 def multiway_linear(
@@ -230,17 +232,79 @@ def _backward_fake(
     return dx, dweight, weight.new_empty(weight.shape[:2] if needs_parameters else 0)
 
 
+def _triton_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    expert_offsets: Tensor,
+    use_gelu: bool,
+    residual: Tensor | None,
+    row_index: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    from ..kernels import multiway_linear as kernels
+
+    num_experts, out_width, in_width = weight.shape
+    choice = choose("multiway_linear", x.device, x.dtype, x.shape[0], num_experts, (in_width, out_width))
+    if not choice.use_triton:
+        return _forward(x, weight, bias, expert_offsets, use_gelu, residual, row_index, save)
+    return kernels.forward(
+        x,
+        weight,
+        bias,
+        expert_offsets,
+        use_gelu,
+        residual,
+        row_index,
+        save,
+        precision=precision(),
+        configs=choice.configs,
+    )
+
+
+def _triton_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    pre: Tensor | None,
+    row_index: Tensor | None,
+    needs_x: bool,
+    needs_parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    from ..kernels import multiway_linear as kernels
+
+    num_experts, out_width, in_width = weight.shape
+    choice = choose("multiway_linear_backward", x.device, x.dtype, x.shape[0], num_experts, (in_width, out_width))
+    if not choice.use_triton:
+        return _backward_forward(dy, x, weight, expert_offsets, pre, row_index, needs_x, needs_parameters)
+    return kernels.backward(
+        unit_stride(dy),
+        x,
+        weight,
+        expert_offsets,
+        pre,
+        row_index,
+        needs_x,
+        needs_parameters,
+        precision=precision(),
+        configs=choice.configs,
+    )
+
+
 _multiway_linear = _library.define(
     "multiway_linear(Tensor x, Tensor weight, Tensor? bias, Tensor expert_offsets, bool gelu, Tensor? residual,"
     " Tensor? row_index, bool save) -> (Tensor out, Tensor pre_activation)",
     _forward,
     _fake,
+    _triton_forward,
 )
 _multiway_linear_backward = _library.define(
     "multiway_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor expert_offsets, Tensor? pre_activation,"
     " Tensor? row_index, bool needs_x, bool needs_parameters) -> (Tensor dx, Tensor dweight, Tensor dbias)",
     _backward_forward,
     _backward_fake,
+    _triton_backward,
 )
 
 

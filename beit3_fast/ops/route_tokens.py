@@ -56,8 +56,17 @@ def _fake(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
     )
 
 
+def _triton(expert_ids: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    from ..kernels import routing
+
+    if num_experts > routing.MAX_EXPERTS:
+        return route_tokens_reference(expert_ids, num_experts)
+    return routing.forward(expert_ids.contiguous(), num_experts)
+
+
 _route_tokens = _library.define(
     "route_tokens(Tensor expert_ids, int num_experts) -> (Tensor row_index, Tensor expert_offsets)",
     route_tokens_reference,
     _fake,
+    _triton,
 )

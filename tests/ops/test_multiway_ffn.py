@@ -431,9 +431,9 @@ def test_opcheck(
     x, *parameters, residual = inputs.values()
     offsets, row_index = partition.offsets, permutation(partition, index_dtype)
     ops = torch.ops.beit3_fast
-    opcheck(ops.multiway_ffn, (x, *parameters, offsets, residual, row_index, EPS, True))
+    opcheck(ops.multiway_ffn, (x, *parameters, offsets, residual, row_index, EPS, None, True))
     with torch.no_grad():
-        _, *saved = ops.multiway_ffn(x, *parameters, offsets, residual, row_index, EPS, True)
+        _, *saved = ops.multiway_ffn(x, *parameters, offsets, residual, row_index, EPS, None, True)
     x, fc1_weight, _, norm_weight, norm_bias, fc2_weight, _ = (
         None if value is None else value.detach() for value in (x, *parameters)
     )
@@ -448,9 +448,9 @@ def test_opcheck(
 def test_opcheck_saves_nothing_when_told() -> None:
     partition = Partition((4, 3))
     x, *parameters, _ = make_inputs(partition, 6, 11, torch.float32, norm_dtype=torch.float32).values()
-    args = (x, *parameters, partition.offsets, None, None, EPS, False)
+    args = (x, *parameters, partition.offsets, None, None, EPS, None, False)
     opcheck(torch.ops.beit3_fast.multiway_ffn, args)
-    assert [output.shape for output in torch.ops.beit3_fast.multiway_ffn(*args)[1:]] == [(0,)] * 3
+    assert [output.shape for output in torch.ops.beit3_fast.multiway_ffn(*args)[1:]] == [(0,)] * 5
 
 
 @pytest.mark.parametrize("everything", [False, True])
@@ -499,7 +499,7 @@ def test_inference_mode() -> None:
     expected = plain(partition, row_index)(**inputs)
     with torch.inference_mode(), RecordedOps() as recorded:
         actual = op(partition, row_index)(**inputs)
-    assert [output.shape for output in dict(recorded.calls)["multiway_ffn"][1:]] == [(0,)] * 3
+    assert [output.shape for output in dict(recorded.calls)["multiway_ffn"][1:]] == [(0,)] * 5
     assert actual.is_inference()
     assert not actual.requires_grad
     assert_exact(actual, expected)

@@ -1,0 +1,59 @@
+"""When the Triton kernels serve an op, and what they are told."""
+
+from __future__ import annotations
+
+import contextlib
+from functools import lru_cache
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+
+from ..backend import current_backend
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64)
+
+
+@lru_cache(maxsize=1)
+def missing() -> str | None:
+    """Why there is no Triton, None if there is."""
+    return None if find_spec("triton") is not None else "triton is not installed"
+
+
+@lru_cache(maxsize=64)
+def unsupported(device_index: int) -> str | None:
+    """Why the kernels do not run on a GPU, None if they do. A GPU that is only pretended (fake tensors) is taken."""
+    if missing() is not None or not torch.cuda.is_available() or torch.version.hip is not None:
+        return missing()
+    capability = torch.cuda.get_device_capability(device_index)
+    if capability < (8, 0):
+        return f"compute capability {capability[0]}.{capability[1]} is below 8.0"
+    return None
+
+
+def serves(x: Tensor) -> bool:
+    """Whether the Triton kernels take a call whose first tensor is `x`; also decides what a forward saves.
+
+    Raises:
+        ValueError: ``use_backend("triton")`` with a dtype that the kernels do not have.
+    """
+    if current_backend() == "triton":
+        if x.dtype not in _DTYPES:
+            raise ValueError(f"x must be fp32, bf16 or fp16 under use_backend('triton'), got {x.dtype}")
+        return True
+    return x.device.type == "cuda" and x.dtype in _DTYPES and unsupported(x.device.index or 0) is None
+
+
+def precision() -> str:
+    """How fp32 products are taken, by PyTorch's own setting (``torch.set_float32_matmul_precision``)."""
+    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+
+
+def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:
+    """Launches go to x's GPU, whichever is current."""
+    return torch.cuda.device(x.device) if x.device.type == "cuda" else contextlib.nullcontext()
+
+
+def unit_stride(rows: Tensor) -> Tensor:
+    """A gradient as kernels read it: autograd may hand over a transposed or expanded one."""
+    return rows if rows.stride(-1) == 1 or rows.shape[-1] <= 1 else rows.contiguous()
