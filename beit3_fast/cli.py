@@ -104,6 +104,46 @@ def bench_model(**options: Any) -> None:
         raise SystemExit(1)
 
 
+@bench.command("static")
+@click.option("--arch", "architectures", multiple=True, type=int, help="80 for 8.0; repeatable. [default: all]")
+@click.option("--all", "everything", is_flag=True, help="Every valid config and kind of number; takes hours.")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results to this file.")
+@click.option("--update", is_flag=True, help="Write the budget anew from what is found.")
+def bench_static(**options: Any) -> None:
+    """Compile every Triton kernel for every GPU architecture, without a GPU; exit code 1 when a budget is broken."""
+    from beit3_fast.bench.command import static
+
+    if not static(**options):
+        raise SystemExit(1)
+
+
+@main.command()
+@click.option("--width", type=int, default=None, help="Of the model. [default: those of base and large]")
+@click.option("--hidden", type=int, default=None, help="Of its feed-forward block. [default: 4 x width]")
+@click.option("--rows", type=int, multiple=True, help="Tokens in a batch, rounded up to a power of two; repeatable.")
+@click.option(
+    "--dtype",
+    "dtypes",
+    multiple=True,
+    type=click.Choice(["bfloat16", "float16", "float32"]),
+    help="Of rows and weights; repeatable. [default: bfloat16]",
+)
+@click.option("--op", "ops", multiple=True, help="Tune this op only, e.g. multiway_ffn_backward; repeatable.")
+@click.option("--experts", type=int, default=2, help="Weights per layer: 2 in BEiT-3, vision and text.")
+@click.option("--list", "show", is_flag=True, help="Print what is stored, and tune nothing.")
+@click.option("--clear", "remove", is_flag=True, help="Remove this GPU's entries, and tune nothing.")
+def tune(**options: Any) -> None:
+    """Find the fastest kernel configs on this GPU and keep them; takes minutes to hours.
+
+    Every config must pass parity before it is timed, and where PyTorch is faster, PyTorch is used. Later calls look the
+    winners up; nothing is tuned while a model runs.
+    """
+    from beit3_fast.tuning import command
+
+    if not command(**options):
+        raise SystemExit(1)
+
+
 @main.command()
 @click.argument("source", metavar="SRC", type=click.Path(path_type=Path))
 @click.argument("destination", metavar="DST", type=click.Path(path_type=Path))

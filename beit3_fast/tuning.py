@@ -151,9 +151,11 @@ def _kernels(op: str) -> Any:
 
 
 def _architecture(device: torch.device) -> int:
-    """Compute capability, 80 for 8.0."""
+    """Compute capability, 80 for 8.0; 942 for any AMD GPU, whose (9, 0) is not Hopper: 64 KB of shared memory."""
     if device.type != "cuda":
         return 80
+    if torch.version.hip is not None:
+        return 942
     major, minor = torch.cuda.get_device_capability(device)
     return 10 * major + minor
 
@@ -218,9 +220,9 @@ def _from_record(record: dict[str, Any]) -> Entry:
     return Entry(
         key,
         Choice(configs, record["use_triton"]),
-        *(record[name] for name in _MEASURED),
         versions=record["versions"],
         date=record["date"],
+        **{name: record[name] for name in _MEASURED},
     )
 
 
@@ -237,6 +239,8 @@ def _to_record(entry: Entry) -> dict[str, Any]:
 
 def store(entries: Iterable[Entry]) -> None:
     """Put entries into the file, over those of the same key; the file is replaced in one step.
+
+    Of two processes that write at the same moment, one may lose its entries; neither damages the file.
 
     Raises:
         OSError: the file cannot be written.
@@ -409,20 +413,23 @@ def _tune_key(key: Key, device: torch.device, timer: Timer, progress: Callable[[
     best, done, total = default, 0, sum(len(valid[role]) for role in default)
     for role in default:
         fastest, start = math.inf, best
-        for config in sorted(valid[role], key=lambda config: config != start[role]):
+        for config in [start[role], *(config for config in valid[role] if config != start[role])]:
             label = f"{role} {config}"
             progress(done / total, label)
             configs = {**start, role: config}
             try:
-                if passes(configs, label) and (milliseconds := timer(lambda: problem.run(configs))) < fastest:
-                    fastest, best = milliseconds, configs
+                if passes(configs, label):
+                    milliseconds = timer(functools.partial(problem.run, configs))
+                    if milliseconds < fastest:
+                        fastest, best = milliseconds, configs
             except failures as error:
+                errors.pop(frozenset(configs.items()), None)  # its results may be right and yet it cannot be timed
                 skipped.append(f"{label}: {_first_line(error)}")
             done += 1
 
     # The fastest of a hundred noisy times is partly luck: what decides is a second measurement, side by side.
     progress(1.0, "PyTorch, default and best in turns")
-    contenders = {"pytorch": problem.plain}
+    contenders: dict[str, Callable[[], object]] = {"pytorch": problem.plain}
     for name, configs in (("default", default), ("best", best)):
         if frozenset(configs.items()) in errors:
             contenders[name] = functools.partial(problem.run, configs)
@@ -619,7 +626,7 @@ def _table(entries: Sequence[Entry], title: str) -> Any:
 
     shown = Table(title=title, title_justify="left", title_style="bold")
     for column in ("op", "widths", "experts", "rows", "dtype", "winner"):
-        shown.add_column(column)
+        shown.add_column(column, overflow="fold")
     for column in ("Triton", "PyTorch", "over PyTorch", "over default"):
         shown.add_column(column, justify="right", no_wrap=True)
     for entry in entries:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
@@ -11,7 +13,7 @@ from . import model as model_bench
 from .cases import select
 from .files import check_writable, write_json
 from .machine import default_device, machine, use_threads
-from .report import console, document, header, table
+from .report import console, count, document, header, table
 from .timing import MIN_ROUNDS, check_rounds
 
 DEFAULT_ROUNDS = 12
@@ -61,6 +63,59 @@ def model(
                 if target is not None:  # after every case: an interrupted run keeps what it had
                     write_json(target, document(results, about, settings))
     return all(result.ok for result in results)
+
+
+def static(
+    *,
+    architectures: Sequence[int] = (),
+    everything: bool = False,
+    json_file: Path | None = None,
+    update: bool = False,
+) -> bool:
+    """``bench static``: True if every kernel compiled for every architecture and kept its budget.
+
+    Raises:
+        ModuleNotFoundError: Triton is not installed.
+        ValueError: an unknown architecture, options that exclude each other, TRITON_INTERPRET=1, a file that cannot be
+            written.
+        FileNotFoundError: the folder of ``json_file`` does not exist.
+    """
+    if find_spec("triton") is None:
+        raise ModuleNotFoundError("bench static compiles Triton kernels, and triton is not installed")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise ValueError("bench static compiles Triton kernels; unset TRITON_INTERPRET, which interprets them")
+    from . import static as static_bench
+
+    for arch in architectures:
+        if arch not in static_bench.ARCHITECTURES:
+            known = ", ".join(map(str, static_bench.ARCHITECTURES))
+            raise ValueError(f"--arch must be one of {known}, got {arch}")
+    if update and everything:
+        raise ValueError("--update takes the budget from the default configs: leave out --all")
+    target = None if json_file is None else check_writable(json_file, "--json")
+
+    chosen = list(dict.fromkeys(architectures)) or list(static_bench.ARCHITECTURES)
+    taken_with, budget = static_bench.read_budget(static_bench.BUDGET_FILE)
+    shown = console()
+    with shown.status("starting") as status:
+        wanted = static_bench.plan(chosen, everything)
+        results = static_bench.run(wanted, min(8, static_bench.cores()), progress=status.update)
+    if update:
+        budget = static_bench.new_budget(results, budget)
+        static_bench.write_budget(static_bench.BUDGET_FILE, budget)
+        taken_with = static_bench.TRITON
+    shown.print(f"triton {static_bench.TRITON}, {count(len(results), 'build')}; budget of triton {taken_with}")
+    rows = static_bench.rows(results, budget)
+    for arch in chosen:
+        shown.print(static_bench.table(arch, [row for row in rows if row.arch == arch]))
+    for line in static_bench.broken(rows):
+        shown.print(line, soft_wrap=True)
+    unfit = static_bench.unfit(results) if everything else []
+    for line in unfit:
+        shown.print(line, soft_wrap=True)
+    if target is not None:
+        write_json(target, static_bench.document(results, budget))
+    return not unfit and not any(row.problems for row in rows)
 
 
 def _device(name: str | None) -> torch.device:

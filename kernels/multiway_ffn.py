@@ -40,12 +40,13 @@ from .multiway_linear import (
     GROUP_M,
     check_contiguous,
     check_layout,
+    finish_tile,
     launch_rows,
     launch_weight_gradient,
     product,
     tile_rows,
 )
-from .tiles import locate_tile, row_tile_capacity
+from .tiles import halves, locate_tile, row_tile_capacity
 
 
 @triton.jit
@@ -89,21 +90,19 @@ def _fc1_kernel(
     positions, x_rows, row_mask = tile_rows(first, end, row_index, num_rows, BLOCK_M)
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     column_mask = columns < WIDTH
-    mask = row_mask[:, None] & column_mask[None, :]
     k = tl.arange(0, BLOCK_K)
     expert = expert.to(tl.int64)
     x_tile = x + x_rows[:, None] * STRIDE_X + k[None, :]  # [BM, BK]
     w_tile = weight + expert * STRIDE_WE + columns[None, :] * STRIDE_WN + k[:, None]  # [BK, BN]
     acc = product(x_tile, w_tile, column_mask, DEPTH, WIDTH, 1, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     acc += tl.load(bias + expert * WIDTH + columns, mask=column_mask).to(tl.float32)[None, :]
-    place = positions[:, None] * WIDTH + columns[None, :]  # [BM, BN]
     if pre is not None:
-        tl.store(pre + place, acc.to(pre.dtype.element_ty), mask=mask)
+        finish_tile(acc, pre, None, None, first, end, num_rows, column_tile, WIDTH, 0, BLOCK_M, BLOCK_N)
     h = gelu(acc)
     hidden = h
     if norm_weight is not None:
         hidden *= tl.load(norm_weight + expert * WIDTH + columns, mask=column_mask).to(tl.float32)[None, :]
-    tl.store(out + place, hidden.to(out.dtype.element_ty), mask=mask)
+    finish_tile(hidden, out, None, None, first, end, num_rows, column_tile, WIDTH, 0, BLOCK_M, BLOCK_N)
 
     # Deviations from the tile's own mean: a sum of squares would lose the variance of a row whose mean is large. Their
     # sum, which is not quite zero, takes the rounding out of that mean.
@@ -156,22 +155,16 @@ def _fc2_kernel(
     expert, first, end, column_tile = locate_tile(expert_offsets, num_rows, NUM_EXPERTS, WIDTH, BLOCK_M, BLOCK_N, GROUP)
     if first >= end:
         return
-    positions, out_rows, row_mask = tile_rows(first, end, row_index, num_rows, BLOCK_M)
-    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    column_mask = columns < WIDTH
-    mask = row_mask[:, None] & column_mask[None, :]
-    out_tile = out + out_rows[:, None] * WIDTH + columns[None, :]  # [BM, BN]
-    residual_tile = residual
-    if residual is not None:
-        residual_tile = residual + out_rows[:, None] * STRIDE_RESIDUAL + columns[None, :]
-
     if expert == NUM_EXPERTS:  # padding rows become zeros: nobody may meet what was never written
-        padding = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if residual is not None:
-            padding += tl.load(residual_tile, mask=mask).to(tl.float32)
-        tl.store(out_tile, padding.to(out.dtype.element_ty), mask=mask)
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        finish_tile(
+            zeros, out, residual, row_index, first, end, num_rows, column_tile, WIDTH, STRIDE_RESIDUAL, BLOCK_M, BLOCK_N
+        )
         return
 
+    positions, _, row_mask = tile_rows(first, end, None, num_rows, BLOCK_M)
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_mask = columns < WIDTH
     expert = expert.to(tl.int64)
     mean, rstd = _row_statistics(
         partials, positions, num_rows, DEPTH, STATISTICS_TILE, STATISTICS_TILES, PADDED_TILES, EPS
@@ -198,12 +191,11 @@ def _fc2_kernel(
         acc -= mean[:, None] * tl.load(folded + expert * WIDTH + columns, mask=column_mask)[None, :]
     acc *= rstd[:, None]
     if branch is not None:
-        branch_tile = branch + positions[:, None] * WIDTH + columns[None, :]
-        tl.store(branch_tile, acc.to(branch.dtype.element_ty), mask=mask)
+        finish_tile(acc, branch, None, None, first, end, num_rows, column_tile, WIDTH, 0, BLOCK_M, BLOCK_N)
     acc += tl.load(folded + (NUM_EXPERTS + expert) * WIDTH + columns, mask=column_mask)[None, :]
-    if residual is not None:
-        acc += tl.load(residual_tile, mask=mask).to(tl.float32)
-    tl.store(out_tile, acc.to(out.dtype.element_ty), mask=mask)
+    finish_tile(
+        acc, out, residual, row_index, first, end, num_rows, column_tile, WIDTH, STRIDE_RESIDUAL, BLOCK_M, BLOCK_N
+    )
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -231,6 +223,37 @@ def _row_dots_kernel(
     tl.store(dots + num_rows + positions, with_branch, mask=row_mask)
 
 
+@triton.jit
+def _through_norm_and_gelu(
+    gradient, first_column, positions, row_mask, expert, row_tile, norm_weight, norm_bias, pre, mean_in, rstd_in, dots,
+    num_rows, dpre, hidden, partials, WIDTH: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    """From the gradient of the hidden rows [BM, COLUMNS] to dpre, the hidden rows themselves and their column sums."""
+    columns = first_column + tl.arange(0, COLUMNS)
+    column_mask = columns < WIDTH
+    mask = row_mask[:, None] & column_mask[None, :]
+    place = positions[:, None] * WIDTH + columns[None, :]  # [BM, COLUMNS]
+    activated, slope = gelu_and_derivative(tl.load(pre + place, mask=mask, other=0.0).to(tl.float32))
+    if norm_weight is not None:
+        mean = tl.load(mean_in + positions)
+        rstd = tl.load(rstd_in + positions)
+        gain = tl.load(norm_weight + expert * WIDTH + columns, mask=column_mask).to(tl.float32)
+        shift = tl.load(norm_bias + expert * WIDTH + columns, mask=column_mask).to(tl.float32)
+        with_gain = tl.load(dots + positions) / WIDTH
+        with_branch = tl.load(dots + num_rows + positions) / WIDTH
+        n = (activated - mean[:, None]) * rstd[:, None]
+        tl.store(hidden + place, (n * gain[None, :] + shift[None, :]).to(hidden.dtype.element_ty), mask=mask)
+        partial = partials + row_tile.to(tl.int64) * (2 * WIDTH) + columns
+        # Masked after the product: fused into the sum's first addition, it would round differently in two lanes that
+        # write the same sum.
+        tl.store(partial, tl.sum(tl.where(row_mask[:, None], gradient * n, 0.0), axis=0), mask=column_mask)
+        tl.store(partial + WIDTH, tl.sum(tl.where(row_mask[:, None], gradient, 0.0), axis=0), mask=column_mask)
+        gradient = (gradient * gain[None, :] - with_gain[:, None] - n * with_branch[:, None]) * rstd[:, None]
+    else:
+        tl.store(hidden + place, activated.to(hidden.dtype.element_ty), mask=mask)
+    tl.store(dpre + place, (gradient * slope).to(dpre.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _hidden_gradient_kernel(
     dy, weight, norm_weight, norm_bias, pre, mean_in, rstd_in, dots, expert_offsets, row_index, dpre, hidden, partials,
@@ -249,33 +272,30 @@ def _hidden_gradient_kernel(
     positions, dy_rows, row_mask = tile_rows(first, end, row_index, num_rows, BLOCK_M)
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     column_mask = columns < WIDTH
-    mask = row_mask[:, None] & column_mask[None, :]
     k = tl.arange(0, BLOCK_K)
     expert64 = expert.to(tl.int64)
     dy_tile = dy + dy_rows[:, None] * STRIDE_DY + k[None, :]  # [BM, BK]
     w_tile = weight + expert64 * STRIDE_WE + columns[None, :] + k[:, None] * STRIDE_WK  # [BK, BN]
     gradient = product(dy_tile, w_tile, column_mask, DEPTH, WIDTH, STRIDE_WK, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
 
-    place = positions[:, None] * WIDTH + columns[None, :]  # [BM, BN]
-    activated, slope = gelu_and_derivative(tl.load(pre + place, mask=mask, other=0.0).to(tl.float32))
-    if norm_weight is not None:
-        mean = tl.load(mean_in + positions)
-        rstd = tl.load(rstd_in + positions)
-        gain = tl.load(norm_weight + expert64 * WIDTH + columns, mask=column_mask).to(tl.float32)
-        shift = tl.load(norm_bias + expert64 * WIDTH + columns, mask=column_mask).to(tl.float32)
-        with_gain = tl.load(dots + positions) / WIDTH
-        with_branch = tl.load(dots + num_rows + positions) / WIDTH
-        n = (activated - mean[:, None]) * rstd[:, None]
-        activated = n * gain[None, :] + shift[None, :]
-        # the row tile's number: experts' tiles follow each other, each expert's from its first row on
-        row_tile = first // BLOCK_M + expert
-        partial = partials + row_tile.to(tl.int64) * (2 * WIDTH) + columns
-        ours = tl.where(row_mask[:, None], gradient, 0.0)
-        tl.store(partial, tl.sum(ours * n, axis=0), mask=column_mask)
-        tl.store(partial + WIDTH, tl.sum(ours, axis=0), mask=column_mask)
-        gradient = (gradient * gain[None, :] - with_gain[:, None] - n * with_branch[:, None]) * rstd[:, None]
-    tl.store(hidden + place, activated.to(hidden.dtype.element_ty), mask=mask)
-    tl.store(dpre + place, (gradient * slope).to(dpre.dtype.element_ty), mask=mask)
+    row_tile = first // BLOCK_M + expert  # experts' row tiles follow each other, each expert's from its first row on
+    first_column = column_tile * BLOCK_N
+    if BLOCK_M * BLOCK_N <= 2048:
+        _through_norm_and_gelu(
+            gradient, first_column, positions, row_mask, expert64, row_tile, norm_weight, norm_bias, pre, mean_in,
+            rstd_in, dots, num_rows, dpre, hidden, partials, WIDTH, BLOCK_N,
+        )  # fmt: skip
+    else:
+        # What follows needs five tiles at a time: a quarter of the columns after the other, they stay in registers.
+        left, right = halves(gradient, BLOCK_M, BLOCK_N)
+        for half in tl.static_range(2):
+            quarters = halves(left if half == 0 else right, BLOCK_M, BLOCK_N // 2)
+            for side in tl.static_range(2):
+                _through_norm_and_gelu(
+                    quarters[side], first_column + (2 * half + side) * (BLOCK_N // 4), positions, row_mask, expert64,
+                    row_tile, norm_weight, norm_bias, pre, mean_in, rstd_in, dots, num_rows, dpre, hidden, partials,
+                    WIDTH, BLOCK_N // 4,
+                )  # fmt: skip
 
 
 @triton.jit
@@ -309,12 +329,12 @@ def _norm_gradient_kernel(
 def valid_configs(arch: int, dtype: torch.dtype, width: int, hidden: int) -> dict[str, list[Config]]:
     """What each launch may run with: "fc1", "fc2", "dhidden" (through the activation), "dx", "dfc1" and "dfc2"."""
     return {
-        "fc1": valid_row_configs(arch, dtype, width, hidden),
-        "fc2": valid_row_configs(arch, dtype, hidden, width),
-        "dhidden": valid_row_configs(arch, dtype, width, hidden),
-        "dx": valid_row_configs(arch, dtype, hidden, width),
-        "dfc1": valid_weight_gradient_configs(arch, dtype, hidden, width),
-        "dfc2": valid_weight_gradient_configs(arch, dtype, width, hidden),
+        "fc1": valid_row_configs(arch, dtype, hidden),
+        "fc2": valid_row_configs(arch, dtype, width),
+        "dhidden": valid_row_configs(arch, dtype, hidden),
+        "dx": valid_row_configs(arch, dtype, width),
+        "dfc1": valid_weight_gradient_configs(arch, dtype, width),
+        "dfc2": valid_weight_gradient_configs(arch, dtype, hidden),
     }
 
 
@@ -322,8 +342,8 @@ def default_configs(
     arch: int, dtype: torch.dtype, num_rows: int, num_experts: int, width: int, hidden: int
 ) -> dict[str, Config]:
     """The choice without tuning, one of :func:`valid_configs` for each launch."""
-    wide = default_row_config(arch, dtype, num_rows, num_experts, width, hidden)
-    narrow = default_row_config(arch, dtype, num_rows, num_experts, hidden, width)
+    wide = default_row_config(arch, dtype, num_rows, num_experts, hidden)
+    narrow = default_row_config(arch, dtype, num_rows, num_experts, width)
     return {
         "fc1": wide,
         "fc2": narrow,

@@ -72,6 +72,20 @@ def tile_rows(first, end, row_index, num_rows, BLOCK_M: tl.constexpr):
     return positions.to(tl.int64), rows.to(tl.int64), inside
 
 
+@triton.jit
+def finish_tile(
+    acc, out, residual, row_index, first, end, num_rows, column_tile, WIDTH: tl.constexpr,
+    STRIDE_RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """out[row(r)] = acc + residual[row(r)]. Addresses are made here: none of them lives through the main loop."""
+    _, rows, row_mask = tile_rows(first, end, row_index, num_rows, BLOCK_M)
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    mask = row_mask[:, None] & (columns < WIDTH)[None, :]
+    if residual is not None:
+        acc += tl.load(residual + rows[:, None] * STRIDE_RESIDUAL + columns[None, :], mask=mask).to(tl.float32)
+    tl.store(out + rows[:, None] * WIDTH + columns[None, :], acc.to(out.dtype.element_ty), mask=mask)
+
+
 @triton.jit(do_not_specialize=["num_rows"])
 def _linear_kernel(
     x,
@@ -102,23 +116,16 @@ def _linear_kernel(
     expert, first, end, column_tile = locate_tile(expert_offsets, num_rows, NUM_EXPERTS, WIDTH, BLOCK_M, BLOCK_N, GROUP)
     if first >= end:
         return
-    positions, out_rows, row_mask = tile_rows(first, end, out_index, num_rows, BLOCK_M)
-    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-    column_mask = columns < WIDTH
-    mask = row_mask[:, None] & column_mask[None, :]
-    out_tile = out + out_rows[:, None] * WIDTH + columns[None, :]  # [BM, BN]
-    residual_tile = residual
-    if residual is not None:
-        residual_tile = residual + out_rows[:, None] * STRIDE_RESIDUAL + columns[None, :]
-
     if expert == NUM_EXPERTS:  # padding rows become zeros: nobody may meet what was never written
-        padding = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if residual is not None:
-            padding += tl.load(residual_tile, mask=mask).to(tl.float32)
-        tl.store(out_tile, padding.to(out.dtype.element_ty), mask=mask)
+        zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        finish_tile(
+            zeros, out, residual, out_index, first, end, num_rows, column_tile, WIDTH, STRIDE_RESIDUAL, BLOCK_M, BLOCK_N
+        )
         return
 
     _, x_rows, _ = tile_rows(first, end, x_index, num_rows, BLOCK_M)
+    columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+    column_mask = columns < WIDTH
     k = tl.arange(0, BLOCK_K)
     expert = expert.to(tl.int64)
     x_tile = x + x_rows[:, None] * STRIDE_X + k[None, :]  # [BM, BK]
@@ -127,12 +134,12 @@ def _linear_kernel(
     if bias is not None:
         acc += tl.load(bias + expert * WIDTH + columns, mask=column_mask).to(tl.float32)[None, :]
     if pre is not None:
-        tl.store(pre + positions[:, None] * WIDTH + columns[None, :], acc.to(pre.dtype.element_ty), mask=mask)
+        finish_tile(acc, pre, None, None, first, end, num_rows, column_tile, WIDTH, 0, BLOCK_M, BLOCK_N)
     if GELU:
         acc = gelu_(acc)
-    if residual is not None:
-        acc += tl.load(residual_tile, mask=mask).to(tl.float32)
-    tl.store(out_tile, acc.to(out.dtype.element_ty), mask=mask)
+    finish_tile(
+        acc, out, residual, out_index, first, end, num_rows, column_tile, WIDTH, STRIDE_RESIDUAL, BLOCK_M, BLOCK_N
+    )
 
 
 @triton.jit
@@ -227,9 +234,9 @@ def _gelu_backward_kernel(dy, pre, row_index, dpre, WIDTH: tl.constexpr, STRIDE_
 def valid_configs(arch: int, dtype: torch.dtype, in_width: int, out_width: int) -> dict[str, list[Config]]:
     """What each launch may run with: "forward", "dx" (the gradient of x) and "dweight"."""
     return {
-        "forward": valid_row_configs(arch, dtype, in_width, out_width),
-        "dx": valid_row_configs(arch, dtype, out_width, in_width),
-        "dweight": valid_weight_gradient_configs(arch, dtype, out_width, in_width),
+        "forward": valid_row_configs(arch, dtype, out_width),
+        "dx": valid_row_configs(arch, dtype, in_width),
+        "dweight": valid_weight_gradient_configs(arch, dtype, in_width),
     }
 
 
@@ -238,8 +245,8 @@ def default_configs(
 ) -> dict[str, Config]:
     """The choice without tuning, one of :func:`valid_configs` for each launch."""
     return {
-        "forward": default_row_config(arch, dtype, num_rows, num_experts, in_width, out_width),
-        "dx": default_row_config(arch, dtype, num_rows, num_experts, out_width, in_width),
+        "forward": default_row_config(arch, dtype, num_rows, num_experts, out_width),
+        "dx": default_row_config(arch, dtype, num_rows, num_experts, in_width),
         "dweight": default_weight_gradient_config(arch, dtype, out_width, in_width),
     }
 

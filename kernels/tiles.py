@@ -51,3 +51,9 @@ def locate_tile(
         before += tiles
         start = stop
     return expert, first, end, column_tile
+
+
+@triton.jit
+def halves(tile, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
+    """The left and the right half of a tile's columns, each [BM, BN / 2]."""
+    return tl.split(tl.permute(tl.reshape(tile, (BLOCK_M, 2, BLOCK_N // 2)), (0, 2, 1)))

@@ -8,7 +8,6 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-
 from beit3_fast.kernels.gelu import gelu, gelu_and_derivative
 
 
@@ -53,13 +52,13 @@ def test_gelu_and_derivative(launches: Any) -> None:
         _derivative_kernel[(x.numel() // 1024,)](x, again, slope, BLOCK=1024)
     true_value, true_slope = exact(x)
     assert torch.equal(value, again)
-    assert ((value - true_value).abs() / x.double().abs().clamp(min=1)).max() <= 1.5e-7
-    assert (slope - true_slope).abs().max() <= 2e-7
+    assert ((value - true_value).abs() / x.double().abs().clamp(min=1)).max() <= 1e-7
+    assert (slope - true_slope).abs().max() <= 1.5e-7
 
 
 @pytest.mark.simulated_only
 def test_instructions(launches: Any) -> None:
-    """13 fp32 and special-function instructions an element beyond loading and storing it, no branches; 21 with the slope."""
+    """13 fp32 and special-function instructions an element beyond its load and store, no branches; 21 with the slope."""
     x = torch.randn(1024)
     out = [torch.empty_like(x) for _ in range(2)]
     with launches() as log:
@@ -68,7 +67,8 @@ def test_instructions(launches: Any) -> None:
         _derivative_kernel[(1,)](x, *out, BLOCK=1024)
     copy, value, slope = (stats.to_dict() for _, stats in log)
     arithmetic = [
-        sum(s["by_class"].get(kind, 0) for kind in ("fp32", "sfu", "pred", "int", "cvt")) / 1024 for s in (copy, value, slope)
+        sum(s["by_class"].get(kind, 0) for kind in ("fp32", "sfu", "pred", "int", "cvt")) / 1024
+        for s in (copy, value, slope)
     ]
     assert arithmetic[1] - arithmetic[0] <= 13
     assert arithmetic[2] - arithmetic[0] <= 21.5
