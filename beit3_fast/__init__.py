@@ -13,6 +13,7 @@ from .checkpoint import CheckpointError, load_checkpoint, load_model, save_check
 from .layout import TokenLayout
 from .models.config import EncoderConfig
 from .models.registry import create_model, list_models
+from .optimize import optimize
 
 __all__ = [
     "CheckpointError",
@@ -26,6 +27,7 @@ __all__ = [
     "load_checkpoint",
     "load_model",
     "ops",
+    "optimize",
     "save_checkpoint",
     "use_backend",
 ]

@@ -10,14 +10,30 @@ import torch
 
 from . import _extension
 from ._version import __version__
+from .ops._triton import unsupported
+from .tuning import cache_file
 
 _OPS = ("layer_norm", "multiway_linear", "multiway_ffn", "attention", "route_tokens")
+
+
+_TRITON = ("multiway_linear", "multiway_ffn", "route_tokens")
 
 
 def _served_by(op: str, device: str) -> str:
     if torch._C._dispatch_has_kernel_for_dispatch_key(f"beit3_fast::{op}", device.upper()):
         return "compiled"
+    if device == "cuda" and op in _TRITON and unsupported(0) is None:
+        return "Triton"
     return "plain PyTorch"
+
+
+def _triton() -> str:
+    reason = unsupported(0)
+    if reason is not None:
+        return f"not used: {reason}"
+    return "used on a GPU, " + (
+        "tuned choices from " + str(cache_file()) if cache_file().is_file() else "default configs"
+    )
 
 
 def _package(name: str) -> str:
@@ -43,6 +59,7 @@ def info() -> None:
     print(f"  GPU {_gpu()}")
     for part, record in _extension.status().items():
         print(f"  compiled {part} library: {'loaded' if record.loaded else 'not loaded'}: {record.reason}")
+    print(f"  Triton kernels {_triton()}")
     print(f"  {'op':<16} {'on CPU':<15} on GPU")
     for op in _OPS:
         print(f"  {op:<16} {_served_by(op, 'cpu'):<15} {_served_by(op, 'cuda')}")

@@ -97,6 +97,7 @@ CASES = (
     LINEAR,
     FFN,
     Case("multiway_linear", (768, 2304)),
+    Case("multiway_linear", (768, 768), residual=True),
     Case("multiway_linear", row_index=True, training=True),
     Case("multiway_ffn", residual=True),
 )
@@ -120,8 +121,8 @@ def calls(arch: int, everything: bool) -> Iterator[tuple[Case, str, dict[str, Co
         return
     for numbers in ("bfloat16", "float16", "float32", "tf32"):
         for case in (*CASES, replace(FFN, row_index=True)):
-            yield case, numbers, {}, False
-            yield replace(case, rows=2 * 210), numbers, {}, False
+            for call in (case, replace(case, training=True), replace(case, rows=2 * 210, training=True)):
+                yield call, numbers, {}, False
         for case in (LINEAR, FFN):
             valid = _OPS[case.op][0].valid_configs(arch, NUMBERS[numbers][0], *case.widths)
             for role, configs in valid.items():
@@ -209,13 +210,9 @@ class Build:
     @property
     def config(self) -> str:
         """Tile, warps and stages, as :class:`Config` writes them."""
-        constants, options = dict(self.constants), dict(self.options)
-        tile = "x".join(str(value) for name, value in constants.items() if re.fullmatch(r"BLOCK(_[MNK])?", name))
-        return " ".join(filter(None, [tile, f"w{options['num_warps']}", *(f"s{s}" for s in _stages(options))]))
-
-
-def _stages(options: Mapping[str, Any]) -> list[int]:
-    return [options["num_stages"]] if "num_stages" in options else []
+        sizes = [str(value) for name, value in self.constants if re.fullmatch(r"BLOCK(_[MNK])?", name)]
+        letters = {"num_warps": "w", "num_stages": "s"}
+        return " ".join(["x".join(sizes), *(letters[name] + str(n) for name, n in self.options if name in letters)])
 
 
 _TYPES = {

@@ -102,20 +102,23 @@ def _merit(config: Config, arch: int, dtype: torch.dtype, programs: int) -> tupl
     )
 
 
-def valid_row_configs(arch: int, dtype: torch.dtype, width: int) -> list[Config]:
+def valid_row_configs(arch: int, dtype: torch.dtype, width: int, *, accumulators: int = 64) -> list[Config]:
     """Configs that a row kernel (the linear layer, fc1, fc2, the gradients of their inputs) may run with.
 
     Args:
         arch: compute capability, 80 for 8.0; 942 for AMD's gfx942.
         dtype: of the rows.
         width: output columns.
+        accumulators: the most a thread may have.
     """
-    return [config for config in _TILES if _fits(config, arch, dtype, width)]
+    return [config for config in _TILES if config.accumulators <= accumulators and _fits(config, arch, dtype, width)]
 
 
-def default_row_config(arch: int, dtype: torch.dtype, num_rows: int, num_experts: int, width: int) -> Config:
+def default_row_config(
+    arch: int, dtype: torch.dtype, num_rows: int, num_experts: int, width: int, *, accumulators: int = 64
+) -> Config:
     """The config without tuning: a row tile that wastes little, then :func:`_merit`."""
-    configs = valid_row_configs(arch, dtype, width)
+    configs = valid_row_configs(arch, dtype, width, accumulators=accumulators)
     block_m = max(m for m, share in _WASTE.items() if m == 16 or num_experts * m <= 2 * share * num_rows)
 
     def merit(config: Config) -> tuple[float, ...]:

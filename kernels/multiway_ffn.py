@@ -326,12 +326,17 @@ def _norm_gradient_kernel(
 # ---- which configs are allowed, and the default ----------------------------------------------------------------------
 
 
+def _dhidden_accumulators(arch: int) -> int:
+    """Its epilogue holds several tiles: on sm_100, 64 accumulators a thread would spill 8 to 32 bytes."""
+    return 32 if arch == 100 else 64
+
+
 def valid_configs(arch: int, dtype: torch.dtype, width: int, hidden: int) -> dict[str, list[Config]]:
     """What each launch may run with: "fc1", "fc2", "dhidden" (through the activation), "dx", "dfc1" and "dfc2"."""
     return {
         "fc1": valid_row_configs(arch, dtype, hidden),
         "fc2": valid_row_configs(arch, dtype, width),
-        "dhidden": valid_row_configs(arch, dtype, hidden),
+        "dhidden": valid_row_configs(arch, dtype, hidden, accumulators=_dhidden_accumulators(arch)),
         "dx": valid_row_configs(arch, dtype, width),
         "dfc1": valid_weight_gradient_configs(arch, dtype, width),
         "dfc2": valid_weight_gradient_configs(arch, dtype, hidden),
@@ -347,7 +352,9 @@ def default_configs(
     return {
         "fc1": wide,
         "fc2": narrow,
-        "dhidden": wide,
+        "dhidden": default_row_config(
+            arch, dtype, num_rows, num_experts, hidden, accumulators=_dhidden_accumulators(arch)
+        ),
         "dx": narrow,
         "dfc1": default_weight_gradient_config(arch, dtype, hidden, width),
         "dfc2": default_weight_gradient_config(arch, dtype, width, hidden),

@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,6 +19,7 @@ import torch
 import beit3_fast
 from beit3_fast import _extension, _info
 
+TRITON = ("multiway_linear", "multiway_ffn", "route_tokens")
 OPS = ("layer_norm", "multiway_linear", "multiway_ffn", "attention", "route_tokens")
 
 
@@ -48,7 +50,8 @@ def test_every_op_and_what_serves_it(capsys: pytest.CaptureFixture[str]) -> None
         assert len(served) == 3, lines[op]  # the op, on CPU, on GPU
         for device, by in zip(("CPU", "CUDA"), served[1:], strict=True):
             compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"beit3_fast::{op}", device)
-            assert ("plain PyTorch" in by) == (not compiled)
+            triton = device == "CUDA" and op in TRITON and find_spec("triton") is not None
+            assert by == ("compiled" if compiled else "Triton" if triton else "plain PyTorch")
 
 
 def test_a_compiled_kernel_is_shown(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

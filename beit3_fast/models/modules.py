@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -59,6 +60,19 @@ class MultiwayFeedForward(nn.Module):
         self.fc1 = MultiwayLinear(num_experts, width, hidden)
         self.fc2 = MultiwayLinear(num_experts, hidden, width)
         self.ffn_layernorm = MultiwayLayerNorm(num_experts, hidden, eps)
+        self.folded: Tensor | None = None
+        self.register_load_state_dict_post_hook(_fold_again)
+
+    @torch.no_grad()
+    def fold(self) -> None:
+        """Keep, for inference, what the LayerNorm's affine adds up to behind fc2. A load or a move folds again."""
+        norm, fc2 = self.ffn_layernorm, self.fc2
+        self.folded = ops.fold_norm(norm.weight, norm.bias, fc2.weight, fc2.bias)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MultiwayFeedForward:
+        super()._apply(fn, recurse)
+        _fold_again(self)
+        return self
 
     def forward(self, x: Tensor, expert_offsets: Tensor, residual: Tensor | None = None) -> Tensor:
         return ops.multiway_ffn(
@@ -72,7 +86,13 @@ class MultiwayFeedForward(nn.Module):
             expert_offsets,
             residual=residual,
             eps=self.ffn_layernorm.eps,
+            folded=self.folded,
         )
+
+
+def _fold_again(block: MultiwayFeedForward, *_: Any) -> None:
+    if block.folded is not None:
+        block.fold()
 
 
 class DropPath(nn.Module):

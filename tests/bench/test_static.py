@@ -7,19 +7,19 @@ import pkgutil
 from dataclasses import replace
 from functools import cache
 
+import beit3_fast.kernels
 import pytest
 import torch
 import triton
 import triton.language as tl
+from beit3_fast.bench import static
+from beit3_fast.bench.static import Budget, Build, Measured, Result
+from beit3_fast.kernels.launch import Launch
 from click.testing import CliRunner
 from triton.backends.compiler import GPUTarget
 from triton.compiler import make_backend
 
-import beit3_fast.kernels
-from beit3_fast.bench import static
-from beit3_fast.bench.static import Budget, Build, Measured, Result
 from beit3_fast.cli import main
-from beit3_fast.kernels.launch import Launch
 
 pytestmark = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: no compiler")
 
@@ -77,6 +77,7 @@ def tritons_own(launch):
 LAUNCHES = [
     copy(),
     copy(count=4097),
+    copy(count=24),
     copy(count=1, skipped=1),
     copy(count=1 << 40, stride=-16),
     *static.launches(replace(static.LINEAR, rows=33), "bfloat16", 80),
@@ -169,6 +170,12 @@ def test_kind_of_tensor_core_instructions(arch, kind):
     assert (got.blocks is None) == (arch == 942)
 
 
+@pytest.mark.parametrize("arch", [80, 90, 100])
+def test_what_the_system_reserves_is_not_counted_as_shared_memory(arch):
+    build = square(arch)
+    assert result_of(build).measured.shared == static.compiled(build).metadata.shared > 0
+
+
 def test_fp32_products_use_tensor_cores_in_tf32_alone():
     assert result_of(square(80, torch.float32)).measured.tensor is None
     assert result_of(square(80, torch.float32, "tf32")).measured.tensor == "HMMA"
@@ -188,6 +195,12 @@ def test_fp32_products_use_tensor_cores_in_tf32_alone():
 )
 def test_bytes_of_an_access(opcode, size):
     assert static._sass_bytes(opcode) == size
+
+
+def test_share_of_128_bit_accesses_goes_by_bytes():
+    assert static._wide([16, 8, 4, 4]) == 0.5
+    assert static._wide([32, 32]) == 1
+    assert static._wide([]) == 1
 
 
 def test_bytes_of_an_access_on_amd():

@@ -58,7 +58,7 @@ def test_gelu_and_derivative(launches: Any) -> None:
 
 @pytest.mark.simulated_only
 def test_instructions(launches: Any) -> None:
-    """13 fp32 and special-function instructions an element beyond its load and store, no branches; 21 with the slope."""
+    """13 instructions an element beyond its load and store, 21 with the slope, and no branches."""
     x = torch.randn(1024)
     out = [torch.empty_like(x) for _ in range(2)]
     with launches() as log:

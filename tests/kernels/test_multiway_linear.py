@@ -38,8 +38,18 @@ SHAPES = [
 ]
 
 
-def check(launches: Any, partition: Partition, inputs: dict[str, Any], activation: Any, row_index: Any) -> None:
-    """The op under the Triton backend is as near to float64 as plain PyTorch, outputs and gradients."""
+def check(
+    launches: Any,
+    partition: Partition,
+    inputs: dict[str, Any],
+    activation: Any,
+    row_index: Any,
+    units: int | None = None,
+) -> None:
+    """The op under the Triton backend is as near to float64 as plain PyTorch, outputs and gradients.
+
+    `units` in the last place of the largest magnitude are allowed besides, one by default.
+    """
     with launches() as log, RecordedOps() as recorded:
         actual = evaluate(op(partition, activation, row_index), inputs)
     assert {name for name, _ in recorded.calls} == {"multiway_linear", "multiway_linear_backward"}
@@ -47,7 +57,8 @@ def check(launches: Any, partition: Partition, inputs: dict[str, Any], activatio
     yardstick = evaluate(plain(partition, activation, row_index), inputs, actual.cotangents)
     truth = evaluate(plain(partition, activation, row_index), in_double(inputs), actual.cotangents)
     for name, (value, expected, exact) in by_name(actual, yardstick, truth):
-        assert_parity(value, expected, exact, inputs["x"].dtype, name)
+        floor = units and units * torch.finfo(inputs["x"].dtype).eps * exact.abs().max().item()
+        assert_parity(value, expected, exact, inputs["x"].dtype, name, floor)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -65,7 +76,7 @@ def test_parity(
 
 @settings(max_examples=EXAMPLES)
 @given(
-    partition=partitions(max_count=70).filter(lambda p: p.used >= 16),  # of a few elements the largest error is luck
+    partition=partitions(max_count=70).filter(lambda p: p.used > 0),
     width=st.integers(8, 90),
     out_width=st.integers(8, 150),
     dtype=st.sampled_from(DTYPES),
@@ -88,7 +99,8 @@ def test_parity_over_shapes(
     torch.manual_seed(0)
     inputs = make_inputs(partition, width, out_width, dtype, residual_dtype=residual_dtype)
     inputs["x"] = in_memory(inputs["x"], form)
-    check(launches, partition, inputs, activation, permutation(partition, index_dtype))
+    # a bias of eight elements: which of two ways has the larger error is luck
+    check(launches, partition, inputs, activation, permutation(partition, index_dtype), units=4)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
