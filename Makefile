@@ -27,6 +27,7 @@ demo: $(VENV)/.demo ## the drop-in model against reference PyTorch on real photo
 
 test: $(VENV)/.test ## build, and run every test; PYTEST_ARGS="-k name" selects
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
+	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS) tests/kernels
 
 lint: $(VENV)/.dev ## check style and types
 	$(BIN)/ruff check .

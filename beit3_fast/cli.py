@@ -117,6 +117,17 @@ def bench_static(**options: Any) -> None:
         raise SystemExit(1)
 
 
+@bench.command("simulate")
+@click.option("--batch", "batches", multiple=True, type=int, help="Samples of 197 + 13 tokens. [default: 2 and 8]")
+@click.option("--arch", "architectures", multiple=True, type=int, help="80 or 90; repeatable. [default: both]")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results to this file.")
+def bench_simulate(**options: Any) -> None:
+    """Run the compiled Triton kernels in a PTX simulator and count what they do; no GPU, no times."""
+    from beit3_fast.bench.command import simulate
+
+    simulate(**options)
+
+
 @main.command()
 @click.option("--width", type=int, default=None, help="Of the model. [default: those of base and large]")
 @click.option("--hidden", type=int, default=None, help="Of its feed-forward block. [default: 4 x width]")

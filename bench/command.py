@@ -118,6 +118,42 @@ def static(
     return not unfit and not any(row.problems for row in rows)
 
 
+def simulate(*, batches: Sequence[int] = (), architectures: Sequence[int] = (), json_file: Path | None = None) -> bool:
+    """``bench simulate``: counts of the compiled kernels.
+
+    Raises:
+        ModuleNotFoundError: Triton or the simulator is not installed.
+        ValueError: a batch size below 1, an unknown architecture, TRITON_INTERPRET=1, a file that cannot be written.
+        FileNotFoundError: the folder of ``json_file`` does not exist.
+    """
+    for package in ("triton", "ptxsim"):
+        if find_spec(package) is None:
+            raise ModuleNotFoundError(f"bench simulate runs compiled Triton kernels, and {package} cannot be imported")
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise ValueError("bench simulate runs compiled Triton kernels; unset TRITON_INTERPRET, which interprets them")
+    from . import simulate as simulate_bench
+
+    for batch in batches:
+        if batch < 1:
+            raise ValueError(f"--batch must be at least 1, got {batch}")
+    for arch in architectures:
+        if arch not in simulate_bench.TARGETS:
+            raise ValueError(f"--arch must be one of {', '.join(map(str, simulate_bench.TARGETS))}, got {arch}")
+    target = None if json_file is None else check_writable(json_file, "--json")
+    shown = console()
+    results = []
+    with shown.status("starting") as status:
+        for arch in architectures or simulate_bench.TARGETS:
+            for batch in batches or (2, 8):
+                counted = simulate_bench.run(batch, arch, progress=status.update)
+                results.append((batch, arch, counted, simulate_bench.main_loop(batch, arch)))
+                shown.print(simulate_bench.table(*results[-1]))
+    shown.print(simulate_bench.waste_table())
+    if target is not None:
+        write_json(target, simulate_bench.document(results))
+    return True
+
+
 def _device(name: str | None) -> torch.device:
     if name is None:
         return default_device()

@@ -269,3 +269,20 @@ def test_compiles_without_graph_breaks(launches: Any) -> None:
         actual = torch.autograd.grad(compiled(*leaves), leaves)
     for value, wanted in zip(actual, expected, strict=True):
         torch.testing.assert_close(value, wanted)
+
+
+@pytest.mark.simulated_only
+@pytest.mark.parametrize(
+    ("offsets", "index", "message"),
+    [([0, 15, 10], 0, "expert_offsets"), ([0, 10, 25], 0, "expert_offsets"), ([0, 10, 20], 77, "row_index")],
+)
+def test_debug_mode_checks_on_the_device(launches: Any, offsets: list[int], index: int, message: str) -> None:
+    """TRITON_DEBUG=1 compiles checks in; without it the device's offsets and indices are trusted."""
+    import triton
+
+    x, weight = torch.randn(20, 32), torch.randn(2, 32, 32)
+    row_index = torch.full((20,), index, dtype=torch.int32)
+    with triton.knobs.runtime.scope(), launches(check_races=False):
+        triton.knobs.runtime.debug = True
+        with pytest.raises(RuntimeError, match=message):
+            kernels.forward(x, weight, None, torch.tensor(offsets, dtype=torch.int32), row_index=row_index)
