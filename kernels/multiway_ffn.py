@@ -113,11 +113,10 @@ def _fc1_kernel(
     deviation = h - mean[:, None]
     if WIDTH % BLOCK_N != 0:
         deviation = tl.where(column_mask[None, :], deviation, 0.0)
-    rest = tl.sum(deviation, axis=1)
-    squares = tl.sum(deviation * deviation, axis=1) - rest * rest / count
+    squares = tl.sum(deviation * deviation, axis=1)
     column_tiles: tl.constexpr = (WIDTH + BLOCK_N - 1) // BLOCK_N
     partial = partials + column_tile.to(tl.int64) * num_rows + positions
-    tl.store(partial, mean + rest / count, mask=row_mask)
+    tl.store(partial, mean + tl.sum(deviation, axis=1) / count, mask=row_mask)
     tl.store(partial + column_tiles * num_rows.to(tl.int64), squares, mask=row_mask)
 
 
