@@ -638,10 +638,24 @@ def backward(
     if not needs_parameters:
         return dx, empty, empty, empty, empty, empty, empty
     dfc2 = launch_weight_gradient(
-        dy, hidden, fc2_weight, expert_offsets, dy_index=row_index, config=configs["dfc2"], precision=precision
+        dy,
+        hidden,
+        fc2_weight,
+        expert_offsets,
+        row_index=row_index,
+        gather_x=False,
+        config=configs["dfc2"],
+        precision=precision,
     )
     dfc1 = launch_weight_gradient(
-        dpre, x, fc1_weight, expert_offsets, x_index=row_index, config=configs["dfc1"], precision=precision
+        dpre,
+        x,
+        fc1_weight,
+        expert_offsets,
+        row_index=row_index,
+        gather_dy=False,
+        config=configs["dfc1"],
+        precision=precision,
     )
     dnorm_weight = dnorm_bias = empty
     if has_norm:

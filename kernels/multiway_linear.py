@@ -147,20 +147,23 @@ def _weight_gradient_kernel(
     dy,
     x,
     expert_offsets,
-    dy_index,
-    x_index,
+    row_index,
     dweight,
     dbias,
     OUT: tl.constexpr,
     IN: tl.constexpr,
     STRIDE_DY: tl.constexpr,
     STRIDE_X: tl.constexpr,
+    GATHER_DY: tl.constexpr,
+    GATHER_X: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """dweight[e] = dy.T @ x and dbias[e] = column sums of dy over the rows of expert e; zeros if it has none.
+
+    GATHER_DY, GATHER_X: position r of that operand is its row row_index[r].
 
     The grid is (programs, experts). One program sums all rows of its tile, in order: bitwise reproducible. The first
     programs take the column sums alone. (In the loop of the products they would need the tile of dy in
@@ -181,8 +184,8 @@ def _weight_gradient_kernel(
             positions = first + tl.arange(0, 2 * BLOCK_K)
             inside = positions < stop
             rows = positions
-            if dy_index is not None:
-                rows = tl.load(dy_index + positions, mask=inside, other=0)
+            if GATHER_DY:
+                rows = tl.load(row_index + positions, mask=inside, other=0)
             tile = dy + rows.to(tl.int64)[:, None] * STRIDE_DY + outs[None, :]  # [2 BK, BM]
             values = tl.load(tile, mask=inside[:, None] & out_mask[None, :], other=0.0)
             column_sum += tl.sum(values.to(tl.float32), axis=0)
@@ -197,12 +200,11 @@ def _weight_gradient_kernel(
     for first in range(start, stop, BLOCK_K):
         positions = first + tl.arange(0, BLOCK_K)
         inside = positions < stop
-        dy_rows = positions
-        x_rows = positions
-        if dy_index is not None:
-            dy_rows = tl.load(dy_index + positions, mask=inside, other=0)
-        if x_index is not None:
-            x_rows = tl.load(x_index + positions, mask=inside, other=0)
+        rows = positions
+        if GATHER_DY or GATHER_X:
+            rows = tl.load(row_index + positions, mask=inside, other=0)
+        dy_rows = rows if GATHER_DY else positions
+        x_rows = rows if GATHER_X else positions
         dy_tile = dy + dy_rows.to(tl.int64)[:, None] * STRIDE_DY + outs[None, :]  # [BK, BM]
         x_tile = x + x_rows.to(tl.int64)[:, None] * STRIDE_X + ins[None, :]  # [BK, BN]
         # rows of the next expert must not enter; both are masked, since a NaN times zero is a NaN
@@ -328,12 +330,16 @@ def launch_weight_gradient(
     weight: Tensor,
     expert_offsets: Tensor,
     *,
-    dy_index: Tensor | None = None,
-    x_index: Tensor | None = None,
+    row_index: Tensor | None = None,
+    gather_dy: bool = True,
+    gather_x: bool = True,
     precision: str,
     config: Config,
 ) -> tuple[Tensor, Tensor]:
-    """(dweight, dbias) of a linear layer, in weight's dtype; zeros for an expert without rows."""
+    """(dweight, dbias) of a linear layer, in weight's dtype; zeros for an expert without rows.
+
+    `row_index` holds for those of dy and x that are to be gathered; the other is in expert order.
+    """
     num_experts, out_width, in_width = weight.shape
     dweight = torch.empty_like(weight, memory_format=torch.contiguous_format)
     dbias = weight.new_empty(num_experts, out_width)
@@ -344,14 +350,15 @@ def launch_weight_gradient(
         dy,
         x,
         expert_offsets,
-        dy_index,
-        x_index,
+        row_index,
         dweight,
         dbias,
         OUT=out_width,
         IN=in_width,
         STRIDE_DY=dy.stride(0),
         STRIDE_X=x.stride(0),
+        GATHER_DY=gather_dy and row_index is not None,
+        GATHER_X=gather_x and row_index is not None,
         PRECISION=precision,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
@@ -482,8 +489,8 @@ def backward(
         x,
         weight,
         expert_offsets,
-        dy_index=dpre_index,
-        x_index=row_index,
+        row_index=row_index,
+        gather_dy=pre is None,
         precision=precision,
         config=configs["dweight"],
     )
