@@ -16,7 +16,7 @@ from .tuning import cache_file
 _OPS = ("layer_norm", "multiway_linear", "multiway_ffn", "attention", "route_tokens")
 
 
-_TRITON = ("multiway_linear", "multiway_ffn", "route_tokens")
+_TRITON = ("multiway_linear", "multiway_ffn", "attention", "route_tokens")
 
 
 def _served_by(op: str, device: str) -> str:

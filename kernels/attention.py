@@ -1,12 +1,17 @@
-"""Attention over two-part sequences, forward: online softmax, each sample's two row ranges read where they lie.
+"""Attention over two-part sequences: each sample's two row ranges read where they lie, forward and backward.
 
 Position i of a sample's virtual sequence is row ``vision_start + i`` while ``i < vision_len``, and
-``text_start + i - vision_len`` after that. One program takes up to 64 queries of one head of one sample. Keys come in
-two loops: tiles of 64 that lie wholly in the vision part and that no mask touches, with plain addresses and no masks; then the
-rest, in tiles of 32 with both. A sample's last queries, if 32 or fewer, take a tile of 32: at 197 + 13 tokens the products
-cost 1.14x the useful ones, where tiles of 64 throughout would cost 1.49x.
+``text_start + i - vision_len`` after that.
 
-Scores and probabilities never leave the registers; running maximum and sum are fp32, exponentials are powers of two.
+Forward (online softmax, Milakov and Gimelshein 2018; FlashAttention, arXiv 2205.14135): one program takes up to 64
+queries of one head of one sample. Keys come in two loops: tiles of 64 that lie wholly in the vision part and that no
+mask touches, with plain addresses; then the rest, in tiles of 32 with both. A sample's last queries, if 32 or fewer,
+take a tile of 32: at 197 + 13 tokens the products cost 1.14x the useful ones, where tiles of 64 would cost 1.49x.
+
+Backward: probabilities again from the saved log-sum-exp, once for tiles of keys (dK, dV) and once for tiles of queries
+(dQ), so that every sum has one owner and a fixed order: two more products a pair than with atomics, and no atomics.
+
+Scores and probabilities never leave the registers; exponentials are powers of two, scores carry log2(e).
 """
 
 from __future__ import annotations
@@ -19,6 +24,7 @@ from torch import Tensor
 from .launch import launch
 from .multiway_linear import check_contiguous
 
+MAX_HEAD_DIM = 128
 MASKS = {"full": 0, "captioning": 1, "causal": 2}
 
 
@@ -146,8 +152,8 @@ def _attention_kernel(
     MAIN: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
     REST_M: tl.constexpr, REST_N: tl.constexpr,
 ):  # fmt: skip
-    """One head's tile of queries of one sample. Tiles are the slowest index and the longest work has the lowest: programs
-    past a sample's end, at most the difference to the longest sample, leave at once and last."""
+    """One head's tile of queries of one sample. Tiles are the slowest index: programs past a sample's end, at most
+    the difference to the longest sample, come last and leave at once."""
     head = tl.program_id(0) % NUM_HEADS
     sample = tl.program_id(0) // NUM_HEADS
     vision_start = tl.load(segments + 4 * sample)
@@ -169,10 +175,192 @@ def _attention_kernel(
         )  # fmt: skip
 
 
+@triton.jit(do_not_specialize=["num_rows"])
+def _delta_kernel(dout, out, delta, num_rows, NUM_HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr):
+    """delta[h, r] = dout[r, h] . out[r, h]; one row a program."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, PADDED)
+    for head in range(NUM_HEADS):
+        place = (row * NUM_HEADS + head) * DIM + columns
+        upstream = tl.load(dout + place, mask=columns < DIM, other=0.0).to(tl.float32)
+        result = tl.load(out + place, mask=columns < DIM, other=0.0).to(tl.float32)
+        tl.store(delta + head * num_rows.to(tl.int64) + row, tl.sum(upstream * result, axis=0))
+
+
+@triton.jit
+def _pair(
+    q, q_rest, k, k_rest, v, v_rest, dy, dy_rest, lse, delta, seen, scale, REST: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """(probabilities, gradient of the scores over scale) [queries, keys] of two tiles."""
+    scores = tl.dot(q, tl.trans(k), input_precision=PRECISION)
+    upstream = tl.dot(dy, tl.trans(v), input_precision=PRECISION)
+    if REST:
+        scores = tl.dot(q_rest, tl.trans(k_rest), scores, input_precision=PRECISION)
+        upstream = tl.dot(dy_rest, tl.trans(v_rest), upstream, input_precision=PRECISION)
+    p = tl.where(seen, tl.exp2(scores * scale - lse[:, None]), 0.0)
+    return p, p * (upstream - delta[:, None])
+
+
+@triton.jit
+def _seen(query, key, length, vision_len, MASK: tl.constexpr):
+    """[queries, keys]: which pairs count."""
+    seen = (query < length)[:, None] & (key < length)[None, :]
+    if MASK == 1:
+        seen = seen & ((key < vision_len)[None, :] | (key[None, :] <= query[:, None]))
+    if MASK == 2:
+        seen = seen & (key[None, :] <= query[:, None])
+    return seen
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _query_gradient_kernel(
+    qkv, dout, lse, delta, segments, dqkv, num_rows, scale, MASK: tl.constexpr, NUM_HEADS: tl.constexpr,
+    DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dQ of one tile of queries: over the keys it sees."""
+    head = tl.program_id(0) % NUM_HEADS
+    sample = tl.program_id(0) // NUM_HEADS
+    vision_start = tl.load(segments + 4 * sample)
+    vision_len = tl.load(segments + 4 * sample + 1)
+    text_start = tl.load(segments + 4 * sample + 2)
+    length = vision_len + tl.load(segments + 4 * sample + 3)
+    first = tl.program_id(1) * BLOCK_M
+    if first >= length:
+        return
+    stride: tl.constexpr = 3 * NUM_HEADS * DIM
+    columns = tl.arange(0, MAIN)
+    rest = MAIN + tl.arange(0, REST if REST else 16)
+    query = first + tl.arange(0, BLOCK_M)
+    rows = _rows_of(tl.minimum(query, length - 1), vision_start, vision_len, text_start)
+    queries = qkv + head * DIM
+    q = _load(queries, rows, columns, DIM, stride, MAIN <= DIM)  # [BM, MAIN]
+    dy = _load(dout + head * DIM, rows, columns, DIM, NUM_HEADS * DIM, MAIN <= DIM)
+    q_rest = q
+    dy_rest = dy
+    if REST:
+        q_rest = _load(queries, rows, rest, DIM, stride, MAIN + REST <= DIM)
+        dy_rest = _load(dout + head * DIM, rows, rest, DIM, NUM_HEADS * DIM, MAIN + REST <= DIM)
+    place = head.to(tl.int64) * num_rows + rows
+    log_sum = tl.load(lse + place) * 1.4426950408889634
+    row_delta = tl.load(delta + place)
+    dq = tl.zeros((BLOCK_M, MAIN), tl.float32)
+    dq_rest = tl.zeros((BLOCK_M, REST if REST else 16), tl.float32)
+
+    end = length
+    if MASK == 1:
+        end = tl.where(first + BLOCK_M <= vision_len, vision_len, tl.minimum(length, first + BLOCK_M))
+        end = tl.maximum(end, vision_len)
+    if MASK == 2:
+        end = tl.minimum(length, first + BLOCK_M)
+    for start in range(0, end, BLOCK_N):
+        key = start + tl.arange(0, BLOCK_N)
+        key_rows = _rows_of(tl.minimum(key, length - 1), vision_start, vision_len, text_start)
+        k = _load(queries + NUM_HEADS * DIM, key_rows, columns, DIM, stride, MAIN <= DIM)  # [BN, MAIN]
+        v = _load(queries + 2 * NUM_HEADS * DIM, key_rows, columns, DIM, stride, MAIN <= DIM)
+        k_rest = k
+        v_rest = v
+        if REST:
+            k_rest = _load(queries + NUM_HEADS * DIM, key_rows, rest, DIM, stride, MAIN + REST <= DIM)
+            v_rest = _load(queries + 2 * NUM_HEADS * DIM, key_rows, rest, DIM, stride, MAIN + REST <= DIM)
+        seen = _seen(query, key, length, vision_len, MASK)
+        _, ds = _pair(q, q_rest, k, k_rest, v, v_rest, dy, dy_rest, log_sum, row_delta, seen, scale, REST, PRECISION)
+        ds = ds.to(k.dtype)
+        dq = tl.dot(ds, k, dq, input_precision=PRECISION)
+        if REST:
+            dq_rest = tl.dot(ds, k_rest, dq_rest, input_precision=PRECISION)
+
+    factor = scale * 0.6931471805599453
+    target = dqkv + rows * stride + head * DIM
+    mask = (query < length)[:, None] & (columns < DIM)[None, :]
+    tl.store(target[:, None] + columns[None, :], (dq * factor).to(dqkv.dtype.element_ty), mask=mask)
+    if REST:
+        mask = (query < length)[:, None] & (rest < DIM)[None, :]
+        tl.store(target[:, None] + rest[None, :], (dq_rest * factor).to(dqkv.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["num_rows"])
+def _key_gradient_kernel(
+    qkv, dout, lse, delta, segments, dqkv, num_rows, scale, MASK: tl.constexpr, NUM_HEADS: tl.constexpr,
+    DIM: tl.constexpr, MAIN: tl.constexpr, REST: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """dK and dV of one tile of keys: over the queries that see it."""
+    head = tl.program_id(0) % NUM_HEADS
+    sample = tl.program_id(0) // NUM_HEADS
+    vision_start = tl.load(segments + 4 * sample)
+    vision_len = tl.load(segments + 4 * sample + 1)
+    text_start = tl.load(segments + 4 * sample + 2)
+    length = vision_len + tl.load(segments + 4 * sample + 3)
+    first = tl.program_id(1) * BLOCK_N
+    if first >= length:
+        return
+    stride: tl.constexpr = 3 * NUM_HEADS * DIM
+    columns = tl.arange(0, MAIN)
+    rest = MAIN + tl.arange(0, REST if REST else 16)
+    key = first + tl.arange(0, BLOCK_N)
+    rows = _rows_of(tl.minimum(key, length - 1), vision_start, vision_len, text_start)
+    queries = qkv + head * DIM
+    k = _load(queries + NUM_HEADS * DIM, rows, columns, DIM, stride, MAIN <= DIM)  # [BN, MAIN]
+    v = _load(queries + 2 * NUM_HEADS * DIM, rows, columns, DIM, stride, MAIN <= DIM)
+    k_rest = k
+    v_rest = v
+    if REST:
+        k_rest = _load(queries + NUM_HEADS * DIM, rows, rest, DIM, stride, MAIN + REST <= DIM)
+        v_rest = _load(queries + 2 * NUM_HEADS * DIM, rows, rest, DIM, stride, MAIN + REST <= DIM)
+    dk = tl.zeros((BLOCK_N, MAIN), tl.float32)
+    dv = tl.zeros((BLOCK_N, MAIN), tl.float32)
+    dk_rest = tl.zeros((BLOCK_N, REST if REST else 16), tl.float32)
+    dv_rest = tl.zeros((BLOCK_N, REST if REST else 16), tl.float32)
+
+    begin = 0
+    if MASK == 1:
+        begin = tl.where(first >= vision_len, first // BLOCK_M * BLOCK_M, 0)
+    if MASK == 2:
+        begin = first // BLOCK_M * BLOCK_M
+    for start in range(begin, length, BLOCK_M):
+        query = start + tl.arange(0, BLOCK_M)
+        query_rows = _rows_of(tl.minimum(query, length - 1), vision_start, vision_len, text_start)
+        q = _load(queries, query_rows, columns, DIM, stride, MAIN <= DIM)  # [BM, MAIN]
+        dy = _load(dout + head * DIM, query_rows, columns, DIM, NUM_HEADS * DIM, MAIN <= DIM)
+        q_rest = q
+        dy_rest = dy
+        if REST:
+            q_rest = _load(queries, query_rows, rest, DIM, stride, MAIN + REST <= DIM)
+            dy_rest = _load(dout + head * DIM, query_rows, rest, DIM, NUM_HEADS * DIM, MAIN + REST <= DIM)
+        place = head.to(tl.int64) * num_rows + query_rows
+        log_sum = tl.load(lse + place) * 1.4426950408889634
+        row_delta = tl.load(delta + place)
+        seen = _seen(query, key, length, vision_len, MASK)
+        p, ds = _pair(q, q_rest, k, k_rest, v, v_rest, dy, dy_rest, log_sum, row_delta, seen, scale, REST, PRECISION)
+        p = tl.trans(p.to(q.dtype))
+        ds = tl.trans(ds.to(q.dtype))
+        dv = tl.dot(p, dy, dv, input_precision=PRECISION)
+        dk = tl.dot(ds, q, dk, input_precision=PRECISION)
+        if REST:
+            dv_rest = tl.dot(p, dy_rest, dv_rest, input_precision=PRECISION)
+            dk_rest = tl.dot(ds, q_rest, dk_rest, input_precision=PRECISION)
+
+    factor = scale * 0.6931471805599453
+    target = dqkv + rows * stride + (NUM_HEADS + head) * DIM
+    mask = (key < length)[:, None] & (columns < DIM)[None, :]
+    tl.store(target[:, None] + columns[None, :], (dk * factor).to(dqkv.dtype.element_ty), mask=mask)
+    tl.store(target[:, None] + NUM_HEADS * DIM + columns[None, :], dv.to(dqkv.dtype.element_ty), mask=mask)
+    if REST:
+        mask = (key < length)[:, None] & (rest < DIM)[None, :]
+        tl.store(target[:, None] + rest[None, :], (dk_rest * factor).to(dqkv.dtype.element_ty), mask=mask)
+        tl.store(target[:, None] + NUM_HEADS * DIM + rest[None, :], dv_rest.to(dqkv.dtype.element_ty), mask=mask)
+
+
 def tiles(dtype: torch.dtype) -> dict[str, int]:
     """Queries and keys of a tile, and of the smaller ones at a sample's end; in fp32 more would spill."""
     block = 32 if dtype == torch.float32 else 64
     return {"BLOCK_M": block, "BLOCK_N": block, "REST_M": 32, "REST_N": 32}
+
+
+def warps(dtype: torch.dtype, head_dim: int, backward: bool) -> int:
+    """Four, so that two blocks share a multiprocessor; eight where wide heads would spill."""
+    return 8 if head_dim > 64 and (backward or dtype == torch.float32) else 4
 
 
 def head_dim_parts(head_dim: int) -> tuple[int, int]:
@@ -212,8 +400,8 @@ def forward(
     """
     check_contiguous(qkv=qkv, segments=segments)
     num_rows, _, num_heads, head_dim = qkv.shape
-    if head_dim > 128:
-        raise ValueError(f"qkv must have a head dimension of at most 128, got {head_dim}")
+    if head_dim > MAX_HEAD_DIM:
+        raise ValueError(f"qkv must have a head dimension of at most {MAX_HEAD_DIM}, got {head_dim}")
     out = qkv.new_zeros(num_rows, num_heads * head_dim)
     lse = qkv.new_zeros((num_heads, num_rows) if save else 0, dtype=torch.float32)
     main, rest = head_dim_parts(head_dim)
@@ -235,7 +423,74 @@ def forward(
             REST=rest,
             PRECISION=precision,
             **shape,
-            num_warps=4,
+            num_warps=warps(qkv.dtype, head_dim, backward=False),
             num_stages=2,
         )
     return out, lse
+
+
+def backward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    segments: Tensor,
+    mask: str,
+    scale: float,
+    max_length: int,
+    *,
+    precision: str = "ieee",
+) -> Tensor:
+    """Gradient of qkv (N, 3, H, d) in its dtype: three launches, no atomics, rows of no sample zeros.
+
+    Args:
+        dout: (N, H * d) contiguous, in qkv's dtype.
+        out, lse: what :func:`forward` returned with `save`.
+
+    Raises:
+        ValueError: a tensor that is not contiguous.
+    """
+    check_contiguous(dout=dout, qkv=qkv, out=out, lse=lse, segments=segments)
+    num_rows, _, num_heads, head_dim = qkv.shape
+    dqkv = torch.zeros_like(qkv)
+    main, rest = head_dim_parts(head_dim)
+    if num_rows == 0 or max_length == 0:
+        return dqkv
+    delta = torch.empty_like(lse)
+    launch(
+        _delta_kernel,
+        (num_rows,),
+        dout,
+        out,
+        delta,
+        num_rows,
+        NUM_HEADS=num_heads,
+        DIM=head_dim,
+        PADDED=triton.next_power_of_2(head_dim),
+        num_warps=1,
+    )
+    block = 32
+    for kernel in (_key_gradient_kernel, _query_gradient_kernel):
+        launch(
+            kernel,
+            (segments.shape[0] * num_heads, triton.cdiv(max_length, block)),
+            qkv,
+            dout,
+            lse,
+            delta,
+            segments,
+            dqkv,
+            num_rows,
+            scale * 1.4426950408889634,
+            MASK=MASKS[mask],
+            NUM_HEADS=num_heads,
+            DIM=head_dim,
+            MAIN=main,
+            REST=rest,
+            PRECISION=precision,
+            BLOCK_M=block,
+            BLOCK_N=block,
+            num_warps=warps(qkv.dtype, head_dim, backward=True),
+            num_stages=2,
+        )
+    return dqkv

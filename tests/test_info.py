@@ -19,7 +19,7 @@ import torch
 import beit3_fast
 from beit3_fast import _extension, _info
 
-TRITON = ("multiway_linear", "multiway_ffn", "route_tokens")
+TRITON = ("multiway_linear", "multiway_ffn", "attention", "route_tokens")
 OPS = ("layer_norm", "multiway_linear", "multiway_ffn", "attention", "route_tokens")
 
 

@@ -13,6 +13,7 @@ from ..backend import current_backend
 from ..layout import TokenLayout
 from . import _library
 from ._library import wide
+from ._triton import precision
 
 MASKS = ("full", "captioning", "causal")
 
@@ -221,17 +222,66 @@ def _backward_fake(
     return qkv.new_empty(qkv.shape)
 
 
+def _has_kernel(qkv: Tensor, forbidden: Tensor | None) -> bool:
+    from ..kernels import attention as kernels
+
+    # compiled for AMD's gfx942 the kernels spill
+    return forbidden is None and qkv.shape[3] <= kernels.MAX_HEAD_DIM and torch.version.hip is None
+
+
+def _triton_forward(
+    qkv: Tensor, layout_segments: Tensor, forbidden: Tensor | None, mask: str, scale: float, max_length: int, save: bool
+) -> tuple[Tensor, Tensor]:
+    from ..kernels import attention as kernels
+
+    if not _has_kernel(qkv, forbidden):
+        return _forward(qkv, layout_segments, forbidden, mask, scale, max_length, save)
+    return kernels.forward(
+        qkv.contiguous(), layout_segments.contiguous(), mask, scale, max_length, save, precision=precision()
+    )
+
+
+def _triton_backward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout_segments: Tensor,
+    forbidden: Tensor | None,
+    mask: str,
+    scale: float,
+    max_length: int,
+) -> Tensor:
+    from ..kernels import attention as kernels
+
+    if not _has_kernel(qkv, forbidden):
+        return _backward_forward(dout, qkv, out, lse, layout_segments, forbidden, mask, scale, max_length)
+    return kernels.backward(
+        dout.contiguous(),
+        qkv.contiguous(),
+        out,
+        lse,
+        layout_segments.contiguous(),
+        mask,
+        scale,
+        max_length,
+        precision=precision(),
+    )
+
+
 _attention = _library.define(
     "attention(Tensor qkv, Tensor segments, Tensor? forbidden, str mask, float scale, int max_length, bool save)"
     " -> (Tensor out, Tensor lse)",
     _forward,
     _fake,
+    _triton_forward,
 )
 _attention_backward = _library.define(
     "attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor segments, Tensor? forbidden, str mask,"
     " float scale, int max_length) -> Tensor dqkv",
     _backward_forward,
     _backward_fake,
+    _triton_backward,
 )
 
 
