@@ -2,7 +2,8 @@
 
 Each case calls an op's kernels at base-size widths in bf16 inside ``ptxsim.simulate.simulated`` and counts per launch:
 
-    operations      tensor-core FLOPs over the algorithm's 2 N I O: what tiles compute in vain
+    operations      tensor-core FLOPs over the algorithm's (2 N I O of a linear layer; 2 S S d a product of attention):
+                    what tiles compute in vain
     instructions    warp instructions per matrix instruction (mma.sync m16n8k16; a warp's wgmma), epilogue included, as
                     PTX has them: ptxas drops most moves
     main loop       the same without prologue and epilogue, from the difference that a doubled depth makes
@@ -21,11 +22,12 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from ..kernels import multiway_ffn, multiway_linear
+from ..kernels import attention, multiway_ffn, multiway_linear
 from ..kernels.config import default_row_config
+from ..layout import TokenLayout
 
 SCHEMA = 1
-WIDTH, HIDDEN = 768, 3072
+WIDTH, HIDDEN, HEADS = 768, 3072, 12
 VISION, TEXT = 197, 13
 TARGETS = (80, 90)
 
@@ -44,7 +46,7 @@ class Counted:
 
 
 def run(batch: int, target: int, progress: Callable[[str], None] = lambda _: None) -> list[Counted]:
-    """Counts of the linear layer and the feed-forward block, forward and backward, for `batch` x (197 + 13) tokens.
+    """Counts of linear layer, feed-forward block and attention, forward and backward, for `batch` x (197 + 13) tokens.
 
     Args:
         target: 80 or 90, the architecture to compile for.
@@ -56,13 +58,16 @@ def run(batch: int, target: int, progress: Callable[[str], None] = lambda _: Non
 
     rows = batch * (VISION + TEXT)
     offsets = torch.tensor([0, batch * VISION, rows], dtype=torch.int32)
-    useful = 2 * rows * WIDTH * HIDDEN
+    product = 2 * batch * (VISION + TEXT) ** 2 * WIDTH
+    products = {"_attention_kernel": 2, "_key_gradient_kernel": 4, "_query_gradient_kernel": 3}
     counted = []
     for name, call in _calls(rows, offsets, target).items():
         progress(f"{name}, sm_{target}, batch {batch}")
         with simulated(target=target, threads=torch.get_num_threads()) as log:
             call()
-        counted += [_count(name, kernel, stats.to_dict(), useful) for kernel, stats in log]
+        for kernel, stats in log:
+            useful = product * products[kernel] if kernel in products else 2 * rows * WIDTH * HIDDEN
+            counted.append(_count(name, kernel, stats.to_dict(), useful))
     return counted
 
 
@@ -102,6 +107,10 @@ def _calls(rows: int, offsets: Tensor, target: int) -> dict[str, Callable[[], An
     linear = multiway_linear.default_configs(target, x.dtype, rows, 2, WIDTH, HIDDEN)
     ffn = multiway_ffn.default_configs(target, x.dtype, rows, 2, WIDTH, HIDDEN)
     saved: list[Tensor] = []
+    qkv = _rows(rows, 3, HEADS, WIDTH // HEADS)
+    layout = TokenLayout.from_lengths([VISION] * (rows // (VISION + TEXT)), [TEXT] * (rows // (VISION + TEXT)))
+    of_sample = layout.segments, "full", (WIDTH // HEADS) ** -0.5, layout.width
+    attended: list[Tensor] = []
 
     def feed_forward(save: bool) -> None:
         saved[:] = multiway_ffn.forward(
@@ -117,6 +126,8 @@ def _calls(rows: int, offsets: Tensor, target: int) -> dict[str, Callable[[], An
         "feed-forward backward": lambda: multiway_ffn.backward(
             dy, x, w1, gain, shift, w2, offsets, None, *saved, configs=ffn
         ),
+        "attention": lambda: attended.extend(attention.forward(qkv, *of_sample, True)),
+        "attention backward": lambda: attention.backward(dy, qkv, *attended, *of_sample),
     }
 
 

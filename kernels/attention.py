@@ -176,15 +176,18 @@ def _attention_kernel(
 
 
 @triton.jit(do_not_specialize=["num_rows"])
-def _delta_kernel(dout, out, delta, num_rows, NUM_HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr):
-    """delta[h, r] = dout[r, h] . out[r, h]; one row a program."""
-    row = tl.program_id(0).to(tl.int64)
+def _delta_kernel(
+    dout, out, delta, num_rows, NUM_HEADS: tl.constexpr, DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK_M: tl.constexpr
+):
+    """delta[h, r] = dout[r, h] . out[r, h] of BLOCK_M rows."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    head = tl.program_id(1)
     columns = tl.arange(0, PADDED)
-    for head in range(NUM_HEADS):
-        place = (row * NUM_HEADS + head) * DIM + columns
-        upstream = tl.load(dout + place, mask=columns < DIM, other=0.0).to(tl.float32)
-        result = tl.load(out + place, mask=columns < DIM, other=0.0).to(tl.float32)
-        tl.store(delta + head * num_rows.to(tl.int64) + row, tl.sum(upstream * result, axis=0))
+    place = (rows.to(tl.int64) * NUM_HEADS + head)[:, None] * DIM + columns[None, :]  # [BM, PADDED]
+    mask = (rows < num_rows)[:, None] & (columns < DIM)[None, :]
+    upstream = tl.load(dout + place, mask=mask, other=0.0).to(tl.float32)
+    result = tl.load(out + place, mask=mask, other=0.0).to(tl.float32)
+    tl.store(delta + head.to(tl.int64) * num_rows + rows, tl.sum(upstream * result, axis=1), mask=rows < num_rows)
 
 
 @triton.jit
@@ -459,7 +462,7 @@ def backward(
     delta = torch.empty_like(lse)
     launch(
         _delta_kernel,
-        (num_rows,),
+        (triton.cdiv(num_rows, 32), num_heads),
         dout,
         out,
         delta,
@@ -467,7 +470,8 @@ def backward(
         NUM_HEADS=num_heads,
         DIM=head_dim,
         PADDED=triton.next_power_of_2(head_dim),
-        num_warps=1,
+        BLOCK_M=32,
+        num_warps=4,
     )
     block = 32
     for kernel in (_key_gradient_kernel, _query_gradient_kernel):

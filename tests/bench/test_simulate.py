@@ -32,7 +32,9 @@ def test_counts(batch: int, target: int, operations: float, loop: float, with_ge
         what = f"{item.call}: {item.kernel}"
         assert item.sectors >= 0.95, what
         assert item.banks <= 1.05, what
-        if item.operations is not None and item.kernel != "weight_gradient":
+        if item.call.startswith("attention"):
+            assert item.operations is None or 1.0 <= item.operations <= 1.3, what
+        elif item.operations is not None and item.kernel != "weight_gradient":
             assert 1.0 <= item.operations <= operations, what
     assert simulate.main_loop(batch, target) <= loop
     assert next(item for item in counted if item.call == "linear + GELU").instructions <= with_gelu
