@@ -107,7 +107,6 @@ def _queries(
     end = length
     if MASK == 1:
         end = tl.where(first + BLOCK_M <= vision_len, vision_len, tl.minimum(length, first + BLOCK_M))
-        end = tl.maximum(end, vision_len)
     if MASK == 2:
         open_keys = tl.minimum(vision_len, first)
         end = tl.minimum(length, first + BLOCK_M)
@@ -253,7 +252,6 @@ def _query_gradient_kernel(
     end = length
     if MASK == 1:
         end = tl.where(first + BLOCK_M <= vision_len, vision_len, tl.minimum(length, first + BLOCK_M))
-        end = tl.maximum(end, vision_len)
     if MASK == 2:
         end = tl.minimum(length, first + BLOCK_M)
     for start in range(0, end, BLOCK_N):
