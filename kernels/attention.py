@@ -21,8 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import launch
-from .multiway_linear import check_contiguous
+from .launch import check_contiguous, launch
 
 MAX_HEAD_DIM = 128
 MASKS = {"full": 0, "captioning": 1, "causal": 2}
@@ -32,6 +31,37 @@ MASKS = {"full": 0, "captioning": 1, "causal": 2}
 def _rows_of(position, vision_start, vision_len, text_start):
     """Row of each virtual position, int64."""
     return tl.where(position < vision_len, vision_start + position, text_start + position - vision_len).to(tl.int64)
+
+
+@triton.jit
+def _locate(segments, NUM_HEADS: tl.constexpr):
+    """(head, vision_start, vision_len, text_start, length) of this program's head and sample."""
+    segment = segments + 4 * (tl.program_id(0) // NUM_HEADS)
+    vision_len = tl.load(segment + 1)
+    length = vision_len + tl.load(segment + 3)
+    return tl.program_id(0) % NUM_HEADS, tl.load(segment), vision_len, tl.load(segment + 2), length
+
+
+@triton.jit
+def _end_of_keys(first, length, vision_len, MASK: tl.constexpr, BLOCK_M: tl.constexpr):
+    """No query of the tile that begins at `first` sees a key from here on."""
+    end = length
+    if MASK == 1:
+        end = tl.where(first + BLOCK_M <= vision_len, vision_len, tl.minimum(length, first + BLOCK_M))
+    if MASK == 2:
+        end = tl.minimum(length, first + BLOCK_M)
+    return end
+
+
+@triton.jit
+def _seen(query, key, length, vision_len, MASK: tl.constexpr):
+    """[queries, keys]: which pairs count."""
+    seen = (query < length)[:, None] & (key < length)[None, :]
+    if MASK == 1:
+        seen = seen & ((key < vision_len)[None, :] | (key[None, :] <= query[:, None]))
+    if MASK == 2:
+        seen = seen & (key[None, :] <= query[:, None])
+    return seen
 
 
 @triton.jit
@@ -104,12 +134,9 @@ def _queries(
     total = tl.zeros((BLOCK_M,), tl.float32)
 
     open_keys = vision_len  # every query of the tile sees these
-    end = length
-    if MASK == 1:
-        end = tl.where(first + BLOCK_M <= vision_len, vision_len, tl.minimum(length, first + BLOCK_M))
     if MASK == 2:
         open_keys = tl.minimum(vision_len, first)
-        end = tl.minimum(length, first + BLOCK_M)
+    end = _end_of_keys(first, length, vision_len, MASK, BLOCK_M)
     open_keys = open_keys // BLOCK_N * BLOCK_N
     for start in range(0, open_keys, BLOCK_N):
         key_rows = (vision_start + start + tl.arange(0, BLOCK_N)).to(tl.int64)
@@ -120,11 +147,8 @@ def _queries(
     for start in range(open_keys, end, REST_N):
         key = start + tl.arange(0, REST_N)
         key_rows = _rows_of(tl.minimum(key, length - 1), vision_start, vision_len, text_start)
-        seen = (key < end)[None, :] & exists[:, None]  # rows beyond the end repeat the last: no load needs a mask
-        if MASK == 1:
-            seen = seen & ((key < vision_len)[None, :] | (key[None, :] <= position[:, None]))
-        if MASK == 2:
-            seen = seen & (key[None, :] <= position[:, None])
+        # rows beyond the end repeat the last: no load needs a mask
+        seen = _seen(position, key, length, vision_len, MASK)
         acc, acc_rest, highest, total = _key_tile(
             q, q_rest, acc, acc_rest, highest, total, keys, values, key_rows, seen, scale,
             stride, DIM, MAIN, REST, True, PRECISION,
@@ -153,12 +177,7 @@ def _attention_kernel(
 ):  # fmt: skip
     """One head's tile of queries of one sample. Tiles are the slowest index: programs past a sample's end, at most
     the difference to the longest sample, come last and leave at once."""
-    head = tl.program_id(0) % NUM_HEADS
-    sample = tl.program_id(0) // NUM_HEADS
-    vision_start = tl.load(segments + 4 * sample)
-    vision_len = tl.load(segments + 4 * sample + 1)
-    text_start = tl.load(segments + 4 * sample + 2)
-    length = vision_len + tl.load(segments + 4 * sample + 3)
+    head, vision_start, vision_len, text_start, length = _locate(segments, NUM_HEADS)
     first = tl.program_id(1) * BLOCK_M
     if first >= length:
         return
@@ -203,17 +222,6 @@ def _pair(
     return p, p * (upstream - delta[:, None])
 
 
-@triton.jit
-def _seen(query, key, length, vision_len, MASK: tl.constexpr):
-    """[queries, keys]: which pairs count."""
-    seen = (query < length)[:, None] & (key < length)[None, :]
-    if MASK == 1:
-        seen = seen & ((key < vision_len)[None, :] | (key[None, :] <= query[:, None]))
-    if MASK == 2:
-        seen = seen & (key[None, :] <= query[:, None])
-    return seen
-
-
 @triton.jit(do_not_specialize=["num_rows"])
 def _query_gradient_kernel(
     qkv, dout, lse, delta, segments, dqkv, num_rows, scale, MASK: tl.constexpr, NUM_HEADS: tl.constexpr,
@@ -221,12 +229,7 @@ def _query_gradient_kernel(
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dQ of one tile of queries: over the keys it sees."""
-    head = tl.program_id(0) % NUM_HEADS
-    sample = tl.program_id(0) // NUM_HEADS
-    vision_start = tl.load(segments + 4 * sample)
-    vision_len = tl.load(segments + 4 * sample + 1)
-    text_start = tl.load(segments + 4 * sample + 2)
-    length = vision_len + tl.load(segments + 4 * sample + 3)
+    head, vision_start, vision_len, text_start, length = _locate(segments, NUM_HEADS)
     first = tl.program_id(1) * BLOCK_M
     if first >= length:
         return
@@ -249,11 +252,7 @@ def _query_gradient_kernel(
     dq = tl.zeros((BLOCK_M, MAIN), tl.float32)
     dq_rest = tl.zeros((BLOCK_M, REST if REST else 16), tl.float32)
 
-    end = length
-    if MASK == 1:
-        end = tl.where(first + BLOCK_M <= vision_len, vision_len, tl.minimum(length, first + BLOCK_M))
-    if MASK == 2:
-        end = tl.minimum(length, first + BLOCK_M)
+    end = _end_of_keys(first, length, vision_len, MASK, BLOCK_M)
     for start in range(0, end, BLOCK_N):
         key = start + tl.arange(0, BLOCK_N)
         key_rows = _rows_of(tl.minimum(key, length - 1), vision_start, vision_len, text_start)
@@ -287,12 +286,7 @@ def _key_gradient_kernel(
     BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """dK and dV of one tile of keys: over the queries that see it."""
-    head = tl.program_id(0) % NUM_HEADS
-    sample = tl.program_id(0) // NUM_HEADS
-    vision_start = tl.load(segments + 4 * sample)
-    vision_len = tl.load(segments + 4 * sample + 1)
-    text_start = tl.load(segments + 4 * sample + 2)
-    length = vision_len + tl.load(segments + 4 * sample + 3)
+    head, vision_start, vision_len, text_start, length = _locate(segments, NUM_HEADS)
     first = tl.program_id(1) * BLOCK_N
     if first >= length:
         return

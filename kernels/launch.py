@@ -1,4 +1,4 @@
-"""The one door every launch goes through, so that launches can be collected instead of made."""
+"""The one door every launch goes through, so that launches can be collected instead of made; what is refused before."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import Any
+
+from torch import Tensor
 
 _recorded: ContextVar[list[Launch] | None] = ContextVar("recorded launches", default=None)
 
@@ -40,3 +42,17 @@ def record() -> Iterator[list[Launch]]:
         yield collected
     finally:
         _recorded.reset(token)
+
+
+def check_layout(**tensors: Tensor | None) -> None:
+    """Raises ValueError unless the last dimension of each tensor is contiguous."""
+    for name, tensor in tensors.items():
+        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+            raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tuple(tensor.stride())}")
+
+
+def check_contiguous(**tensors: Tensor | None) -> None:
+    """Raises ValueError unless each tensor is contiguous."""
+    for name, tensor in tensors.items():
+        if tensor is not None and not tensor.is_contiguous():
+            raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")

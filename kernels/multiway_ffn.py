@@ -35,11 +35,9 @@ from .config import (
     valid_weight_gradient_configs,
 )
 from .gelu import gelu, gelu_and_derivative
-from .launch import launch
+from .launch import check_contiguous, check_layout, launch
 from .multiway_linear import (
     GROUP_M,
-    check_contiguous,
-    check_layout,
     finish_tile,
     launch_rows,
     launch_weight_gradient,

@@ -22,7 +22,7 @@ from .config import (
 )
 from .gelu import gelu as gelu_
 from .gelu import gelu_and_derivative
-from .launch import launch
+from .launch import check_contiguous, check_layout, launch
 from .tiles import locate_tile, row_tile_capacity
 
 GROUP_M = 8  # row tiles that share a weight tile in L2
@@ -254,20 +254,6 @@ def default_configs(
 
 
 # ---- launches --------------------------------------------------------------------------------------------------------
-
-
-def check_layout(**tensors: Tensor | None) -> None:
-    """Raises ValueError unless the last dimension of each tensor is contiguous."""
-    for name, tensor in tensors.items():
-        if tensor is not None and tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
-            raise ValueError(f"{name} must be contiguous in its last dimension, got strides {tuple(tensor.stride())}")
-
-
-def check_contiguous(**tensors: Tensor | None) -> None:
-    """Raises ValueError unless each tensor is contiguous."""
-    for name, tensor in tensors.items():
-        if tensor is not None and not tensor.is_contiguous():
-            raise ValueError(f"{name} must be contiguous, got strides {tuple(tensor.stride())}")
 
 
 def launch_rows(
