@@ -13,10 +13,10 @@ from ._version import __version__
 from .ops._triton import unsupported
 from .tuning import cache_file
 
-_OPS = ("layer_norm", "multiway_linear", "multiway_ffn", "attention", "route_tokens")
+_OPS = ("layer_norm", "multiway_linear", "multiway_ffn", "attention", "decode_attention", "route_tokens")
 
 
-_TRITON = ("multiway_linear", "multiway_ffn", "attention", "route_tokens")
+_TRITON = ("multiway_linear", "multiway_ffn", "attention", "decode_attention", "route_tokens")
 
 
 def _served_by(op: str, device: str) -> str:

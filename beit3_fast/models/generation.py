@@ -34,63 +34,41 @@ class ImagePrefix:
     def __init__(self, layout: TokenLayout, num_heads: int) -> None:
         self.layout = layout
         self.num_heads = num_heads
-        self.keys: list[Tensor] = []
-        self.values: list[Tensor] = []
+        self.layers: list[Tensor] = []  # each (N, 2, H, d)
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         """(N, 3, H, d) -> (N, H * d); layers come in order."""
-        _, k, v = self.layout.unpack(qkv).permute(2, 0, 3, 1, 4)  # each [B, H, V, d]
-        self.keys.append(k)
-        self.values.append(v)
+        self.layers.append(qkv[:, 1:].contiguous())
         return ops.attention(qkv, self.layout, self.num_heads)
 
 
 class BeamCache:
     """Keys and values of the words of every beam, beside an image prefix that all beams of an image share.
 
-    Each step feeds two tokens a beam, the last word and a MASK. Their keys are written at columns ``length`` and
-    ``length + 1``; the next step overwrites the MASK's, which is how the public code drops it.
+    Each step feeds two tokens a beam, the last word and a MASK; the word's keys are kept in the beam's slot and stay
+    there. Which slot holds the t-th word of a beam stands in `history`, and re-ordering beams re-orders that alone.
     """
 
     def __init__(self, prefix: ImagePrefix, num_beams: int, columns: int) -> None:
         self.prefix = prefix
-        self.num_beams = num_beams
         self.length = 0
-        keys = prefix.keys[0]
-        batch_size, num_heads, _, head_dim = keys.shape
-        shape = (len(prefix.keys), batch_size * num_beams, num_heads, columns, head_dim)
-        self.keys, self.values = keys.new_zeros(shape), keys.new_zeros(shape)
+        first = prefix.layers[0]
+        slots = prefix.layout.batch_size * num_beams
+        self.words = first.new_zeros(len(prefix.layers), columns, slots, *first.shape[1:])
+        self.history = torch.arange(slots, dtype=torch.int32, device=first.device).repeat(columns, 1)
 
     def attend(self, layer: int, qkv: Tensor) -> Tensor:
         """(R * 2, 3, H, d), R = batch * beams -> (R * 2, H * d)."""
-        num_heads, head_dim = qkv.shape[2:]
-        q, k, v = qkv.view(-1, 2, 3, num_heads, head_dim).permute(2, 0, 3, 1, 4)  # each [R, H, 2, d]
-        end = self.length + 2
-        self.keys[layer, :, :, self.length : end] = k
-        self.values[layer, :, :, self.length : end] = v
-        words, word_values = self.keys[layer, :, :, :end], self.values[layer, :, :, :end]
-        image, image_values = self.prefix.keys[layer], self.prefix.values[layer]
-        batch_size = image.shape[0]
-        # All beams of an image against its one prefix: [B, H, beams * 2, d] x [B, H, V, d]
-        grouped = q.view(batch_size, self.num_beams, num_heads, 2, head_dim).transpose(1, 2).flatten(2, 3)
-        to_image = grouped @ image.transpose(-1, -2)
-        to_image = to_image.view(batch_size, num_heads, self.num_beams, 2, -1).transpose(1, 2).flatten(0, 1)
-        to_words = q @ words.transpose(-1, -2)  # [R, H, 2, end]
-        to_words[:, :, 0, -1] = float("-inf")  # the word does not see the MASK after it
-        scores = torch.cat([to_image, to_words], dim=-1).float() * head_dim**-0.5
-        p_image, p_words = scores.softmax(-1).to(q.dtype).split([image.shape[2], end], dim=-1)
-        p_image = p_image.view(batch_size, self.num_beams, num_heads, 2, -1).transpose(1, 2).flatten(2, 3)
-        from_image = (p_image @ image_values).view(batch_size, num_heads, self.num_beams, 2, head_dim)
-        heads = from_image.transpose(1, 2).flatten(0, 1) + p_words @ word_values
-        return heads.transpose(1, 2).reshape(-1, num_heads * head_dim)
+        words = self.words[layer]
+        words[self.length] = qkv[::2, 1:]
+        return ops.decode_attention(
+            qkv, self.prefix.layers[layer], self.prefix.layout, words, self.history, self.length
+        )
 
     def advance(self, beams: Tensor) -> None:
-        """Keep the last word's keys and re-order: beam r continues beam ``beams[r]``. Only words are touched, at most
-        ``columns`` of them; the image prefix is shared by reference."""
+        """Keep the last word; beam r goes on from beam ``beams[r]``."""
         self.length += 1
-        words = slice(0, self.length)
-        self.keys[..., words, :] = self.keys[..., words, :].index_select(1, beams)
-        self.values[..., words, :] = self.values[..., words, :].index_select(1, beams)
+        self.history[: self.length] = self.history[: self.length].index_select(1, beams)
 
 
 @dataclass

@@ -1,6 +1,7 @@
-"""The five operations of a BEiT-3 layer, each beside its plain PyTorch reference."""
+"""The operations of a BEiT-3 layer, each beside its plain PyTorch reference."""
 
 from .attention import attention, attention_reference
+from .decode_attention import decode_attention
 from .layer_norm import layer_norm, layer_norm_reference
 from .multiway_ffn import fold_norm, multiway_ffn, multiway_ffn_reference
 from .multiway_linear import multiway_linear, multiway_linear_reference
@@ -9,6 +10,7 @@ from .route_tokens import route_tokens, route_tokens_reference
 __all__ = [
     "attention",
     "attention_reference",
+    "decode_attention",
     "fold_norm",
     "layer_norm",
     "layer_norm_reference",
