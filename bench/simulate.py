@@ -22,13 +22,14 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from ..kernels import attention, multiway_ffn, multiway_linear
+from ..kernels import attention, decode_attention, multiway_ffn, multiway_linear
 from ..kernels.config import default_row_config
 from ..layout import TokenLayout
 
 SCHEMA = 1
 WIDTH, HIDDEN, HEADS = 768, 3072, 12
 VISION, TEXT = 197, 13
+BEAMS, WORDS, IMAGE = 3, 10, 901  # of decoding: a base model at 480 pixels
 TARGETS = (80, 90)
 
 
@@ -59,14 +60,19 @@ def run(batch: int, target: int, progress: Callable[[str], None] = lambda _: Non
     rows = batch * (VISION + TEXT)
     offsets = torch.tensor([0, batch * VISION, rows], dtype=torch.int32)
     product = 2 * batch * (VISION + TEXT) ** 2 * WIDTH
-    products = {"_attention_kernel": 2, "_key_gradient_kernel": 4, "_query_gradient_kernel": 3}
+    products = {
+        "_attention_kernel": 2 * product,
+        "_key_gradient_kernel": 4 * product,
+        "_query_gradient_kernel": 3 * product,
+        "_decode_kernel": 2 * 2 * batch * BEAMS * (2 * (IMAGE + WORDS) + 3) * WIDTH,
+    }
     counted = []
     for name, call in _calls(rows, offsets, target).items():
         progress(f"{name}, sm_{target}, batch {batch}")
         with simulated(target=target, threads=torch.get_num_threads()) as log:
             call()
         for kernel, stats in log:
-            useful = product * products[kernel] if kernel in products else 2 * rows * WIDTH * HIDDEN
+            useful = products.get(kernel, 2 * rows * WIDTH * HIDDEN)
             counted.append(_count(name, kernel, stats.to_dict(), useful))
     return counted
 
@@ -108,9 +114,20 @@ def _calls(rows: int, offsets: Tensor, target: int) -> dict[str, Callable[[], An
     ffn = multiway_ffn.default_configs(target, x.dtype, rows, 2, WIDTH, HIDDEN)
     saved: list[Tensor] = []
     qkv = _rows(rows, 3, HEADS, WIDTH // HEADS)
-    layout = TokenLayout.from_lengths([VISION] * (rows // (VISION + TEXT)), [TEXT] * (rows // (VISION + TEXT)))
+    batch = rows // (VISION + TEXT)
+    layout = TokenLayout.from_lengths([VISION] * batch, [TEXT] * batch)
     of_sample = layout.segments, "full", (WIDTH // HEADS) ** -0.5, layout.width
     attended: list[Tensor] = []
+
+    image = TokenLayout.from_lengths([IMAGE] * batch, [0] * batch)
+    slots = batch * BEAMS
+    step = (
+        _rows(2 * slots, 3, HEADS, WIDTH // HEADS),
+        _rows(image.num_rows, 2, HEADS, WIDTH // HEADS),
+        image.segments,
+        _rows(WORDS, slots, 2, HEADS, WIDTH // HEADS),
+        torch.arange(slots, dtype=torch.int32).repeat(WORDS, 1),
+    )
 
     def feed_forward(save: bool) -> None:
         saved[:] = multiway_ffn.forward(
@@ -128,6 +145,7 @@ def _calls(rows: int, offsets: Tensor, target: int) -> dict[str, Callable[[], An
         ),
         "attention": lambda: attended.extend(attention.forward(qkv, *of_sample, True)),
         "attention backward": lambda: attention.backward(dy, qkv, *attended, *of_sample),
+        "decoding": lambda: decode_attention.forward(*step, WORDS, (WIDTH // HEADS) ** -0.5, IMAGE),
     }
 
 

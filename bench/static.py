@@ -41,7 +41,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from ..kernels import attention, multiway_ffn, multiway_linear, routing
+from ..kernels import attention, decode_attention, multiway_ffn, multiway_linear, routing
 from ..kernels.config import SHARED_MEMORY, Config, shared_memory
 from ..kernels.launch import Launch, record
 from .files import replacing
@@ -74,7 +74,8 @@ class Case:
     """A call of an op, forward or (training) forward and backward; two experts.
 
     Attributes:
-        widths: (in, out) of multiway_linear, (width, hidden width) of multiway_ffn, (heads, head width) of attention.
+        widths: (in, out) of multiway_linear, (width, hidden width) of multiway_ffn, (heads, head width) of the
+            attentions.
     """
 
     op: str
@@ -94,19 +95,21 @@ ROUTING = Case("routing")
 LINEAR = Case("multiway_linear", gelu=True, residual=True, training=True)
 FFN = Case("multiway_ffn", residual=True, training=True)
 ATTENTION = Case("attention", (12, 64), training=True)
+DECODING = Case("decode_attention", (12, 64), rows=2 * 3 * 2)
 CASES = (
     LINEAR,
     FFN,
     ATTENTION,
+    DECODING,
     Case("multiway_linear", (768, 2304)),
     Case("multiway_linear", (768, 768), residual=True),
     Case("multiway_linear", row_index=True, training=True),
     Case("multiway_ffn", residual=True),
 )
-"""BEiT-3 base, 8 samples of 197 + 13 tokens. The first three have every kernel; the rest, fewer or other arguments."""
+"""BEiT-3 base, 8 samples of 197 + 13 tokens. The first four have every kernel; the rest, fewer or other arguments."""
 NUMBERS_RUN = dict.fromkeys(ARCHITECTURES, ("bfloat16",)) | {80: ("bfloat16", "float32"), 90: ("bfloat16", "tf32")}
 """Without --all: fp16 becomes the same code as bf16, and fp32 differs little between architectures."""
-CASES_RUN = dict.fromkeys(ARCHITECTURES, CASES[:3]) | dict.fromkeys((80, 90, 100), CASES) | {942: CASES[:2]}
+CASES_RUN = dict.fromkeys(ARCHITECTURES, CASES[:4]) | dict.fromkeys((80, 90, 100), CASES) | {942: CASES[:2]}
 """Without --all: 86, 89 and 120 run the code of 80 in less shared memory. Attention spills 28 to 284 bytes on
 gfx942, at 160 of 512 registers and with any number of warps and stages; there it is not used."""
 
@@ -137,7 +140,7 @@ def launches(case: Case, numbers: str, arch: int, configs: Mapping[str, Config] 
     dtype, precision = NUMBERS[numbers]
     kernels, call = _OPS[case.op]
     options: dict[str, Any] = {}
-    if case.op == "attention":
+    if case.op in ("attention", "decode_attention"):
         options = {"precision": precision}
     elif case.op != "routing":
         defaults = kernels.default_configs(arch, dtype, case.rows, 2, *case.widths)
@@ -183,6 +186,13 @@ def _attention(case: Case, dtype: torch.dtype, options: dict[str, Any]) -> None:
         attention.backward(out, qkv, out, lse, *arguments, **options)
 
 
+def _decode_attention(case: Case, dtype: torch.dtype, options: dict[str, Any]) -> None:
+    """Two images of 901 tokens, three beams of two tokens each."""
+    qkv = _meta(case.rows, 3, *case.widths, dtype=dtype)
+    prefix, words = _meta(2 * 901, 2, *case.widths, dtype=dtype), _meta(20, 6, 2, *case.widths, dtype=dtype)
+    decode_attention.forward(qkv, prefix, _meta(2, 4), words, _meta(20, 6), 10, 0.125, 901, **options)
+
+
 def _routing(case: Case, dtype: torch.dtype, options: dict[str, Any]) -> None:
     routing.forward(_meta(case.rows, dtype=dtype), 2)
 
@@ -191,6 +201,7 @@ _OPS: dict[str, tuple[Any, Callable[[Case, torch.dtype, dict[str, Any]], None]]]
     "multiway_linear": (multiway_linear, _linear),
     "multiway_ffn": (multiway_ffn, _ffn),
     "attention": (attention, _attention),
+    "decode_attention": (decode_attention, _decode_attention),
     "routing": (routing, _routing),
 }
 

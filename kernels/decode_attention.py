@@ -122,7 +122,8 @@ def _merge_kernel(
     """out[i] = sum over splits of parts[split, i], weighed by 2 ** lse[split, i]; i counts rows times heads."""
     index = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     exists = index < num_rows
-    columns = tl.arange(0, PADDED)
+    # four of a thread, not the eight that a 16-byte store of `out` would take: loads of `parts` are then whole sectors
+    columns = tl.max_contiguous(tl.arange(0, PADDED), 4)
     mask = exists[:, None] & (columns < DIM)[None, :]
     highest = tl.full((BLOCK,), float("-inf"), tl.float32)
     for split in tl.static_range(SPLITS):

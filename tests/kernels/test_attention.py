@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from ops.parity import RecordedOps, assert_parity, evaluate, in_double
 from ops.test_attention import MASKS, Lengths, by_sdpa, by_torchscale, layout_of, op, random_qkv, rows_of
 from torch.library import opcheck
+from torch.utils.checkpoint import checkpoint
 
 from beit3_fast.ops import attention
 
@@ -172,6 +173,34 @@ def test_a_mask_tensor_and_wide_heads_take_plain_pytorch(launches: Any) -> None:
         attention(wide, layout, 1)
     assert not log
     torch.testing.assert_close(masked, attention(narrow, layout, 1, mask="causal"))
+
+
+@pytest.mark.simulated_only
+def test_autocast(launches: Any) -> None:
+    lengths = [(40, 9)]
+    qkv = random_qkv(lengths, 2, 32, torch.float32).requires_grad_()
+    cotangent = torch.randn(qkv.shape[0], 64).bfloat16()
+    with launches():
+        with torch.autocast("cpu", torch.bfloat16):
+            out = op(lengths)(qkv)
+        (gradient,) = torch.autograd.grad(out, qkv, cotangent)
+        narrow = qkv.detach().bfloat16().requires_grad_()
+        (expected,) = torch.autograd.grad(op(lengths)(narrow), narrow, cotangent)
+    assert (out.dtype, gradient.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(gradient, expected.float())
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_activation_checkpointing(launches: Any, reentrant: bool) -> None:
+    """The forward pass runs again in backward and the gradient is bitwise the same."""
+    lengths = [(40, 9)]
+    qkv = random_qkv(lengths, 2, 32, torch.float32).requires_grad_()
+    with launches() as log:
+        (expected,) = torch.autograd.grad(op(lengths)(qkv).square().sum(), qkv)
+        once = len(log)
+        checkpoint(op(lengths), qkv, use_reentrant=reentrant).square().sum().backward()
+    assert torch.equal(qkv.grad, expected)
+    assert len(log) in (0, 2 * once + 1)
 
 
 def test_opcheck(launches: Any) -> None:

@@ -20,6 +20,7 @@ from .guards import GuardedAllocations
 
 # prefixes, beams, new tokens, words, heads, width of a head
 SPLIT = ([(150, 0), (64, 0), (65, 3)], 3, 2, 5, 2, 64)
+TILES = ([(5, 0), (9, 1)], 7, 3, 2, 2, 16)  # a beam of 21 queries begins in one tile of 16 and ends in the next
 WHOLE = ([(33, 5), (0, 0), (0, 9)], 3, 2, 25, 2, 64)
 
 
@@ -46,8 +47,8 @@ def check(launches: Any, case: Any, dtype: torch.dtype, **options: Any) -> list[
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize(
     ("case", "names"),
-    [(SPLIT, ["_decode_kernel", "_merge_kernel"]), (WHOLE, ["_decode_kernel"])],
-    ids=["split", "whole"],
+    [(SPLIT, ["_decode_kernel", "_merge_kernel"]), (WHOLE, ["_decode_kernel"]), (TILES, ["_decode_kernel"])],
+    ids=["split", "whole", "tiles"],
 )
 def test_parity(launches: Any, case: Any, names: list[str], dtype: torch.dtype) -> None:
     assert check(launches, case, dtype) in (names, [])

@@ -1,4 +1,4 @@
-"""A tiny BEiT-3 whose linear layers and feed-forward blocks are Triton launches: outputs, gradients, captions."""
+"""A tiny BEiT-3 through Triton launches, all but its LayerNorms: outputs, gradients, captions."""
 
 from __future__ import annotations
 
@@ -35,6 +35,7 @@ def test_forward_and_backward(launches: Any, head: str) -> None:
     if not INTERPRETED:
         names = {name for name, _ in log}
         assert names >= {"_linear_kernel", "_fc1_kernel", "_fc2_kernel", "_hidden_gradient_kernel"}
+        assert names >= {"_attention_kernel", "_key_gradient_kernel", "_query_gradient_kernel"}
     (expected_loss, expected), (loss, actual) = results
     torch.testing.assert_close(loss, expected_loss, rtol=1e-5, atol=1e-5)
     largest = max(grad.abs().max().item() for grad in expected.values() if grad is not None)
@@ -65,8 +66,9 @@ def test_captions_by_beam_search(launches: Any) -> None:
     image = torch.randn(2, 3, 32, 32)
     options = {"num_beams": 2, "max_length": 6, "bos_token_id": 0, "eos_token_id": 2, "mask_token_id": 199}
     expected = ours.generate(image, **options)
-    with launches(check_races=False):
+    with launches(check_races=False) as log:
         actual = ours.generate(image, **options)
+    assert "_decode_kernel" in {name for name, _ in log}
     assert [list(tokens) for tokens in actual.tokens] == [list(tokens) for tokens in expected.tokens]
     assert list(actual.scores) == pytest.approx(list(expected.scores), rel=1e-4)
 
