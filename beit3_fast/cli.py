@@ -104,6 +104,37 @@ def bench_model(**options: Any) -> None:
         raise SystemExit(1)
 
 
+@bench.command("ops")
+@click.option("--case", "cases", multiple=True, help="Run this case only, e.g. ffn-ragged-float32-forward; repeatable.")
+@click.option("--op", "ops", multiple=True, help="Cases of this op only, e.g. attention; repeatable.")
+@click.option(
+    "--provider", "providers", multiple=True, help="Compare with this peer only, e.g. sdpa-padded; repeatable."
+)
+@click.option("--quick", is_flag=True, help="Small shapes, few rounds, nothing that compiles.")
+@_rounds
+@_threads
+@click.option("--device", default=None, help="cpu or cuda. [default: cuda when there is one]")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results to this file.")
+def bench_ops(**options: Any) -> None:
+    """Time every op, forward and backward, against reference PyTorch and peers; exit code 1 when ours fails parity.
+
+    A peer that fails parity gets no time, and one that is not installed is listed with the reason.
+    """
+    from beit3_fast.bench.command import ops
+
+    if not ops(**options):
+        raise SystemExit(1)
+
+
+@bench.command("memory")
+@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results to this file.")
+def bench_memory(**options: Any) -> None:
+    """Count what a layer allocates in a training step, ours against the public code; no GPU, nothing is computed."""
+    from beit3_fast.bench.command import memory
+
+    memory(**options)
+
+
 @bench.command("static")
 @click.option("--arch", "architectures", multiple=True, type=int, help="80 for 8.0; repeatable. [default: all]")
 @click.option("--all", "everything", is_flag=True, help="Every valid config and kind of number; takes hours.")

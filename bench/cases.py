@@ -64,6 +64,14 @@ QUICK_CASES = ("base-joint", "base-joint-dense", "base-image", "base-text")
 QUICK_BATCH = 2
 
 
+def check_known(what: str, name: str, known: Iterable[str]) -> None:
+    """Raises :class:`ValueError` if ``name`` is not among ``known``, and offers the nearest ones that are."""
+    known = list(known)
+    if name not in known:
+        hint = nearest(name, known) or f"; known: {', '.join(known)}"
+        raise ValueError(f"{what} {name!r} is unknown{hint}")
+
+
 def select(names: Iterable[str], *, quick: bool = False, batch: int | None = None) -> list[ModelCase]:
     """The cases of these names in the order given; with no names all of them, or the quick ones.
 
@@ -77,10 +85,7 @@ def select(names: Iterable[str], *, quick: bool = False, batch: int | None = Non
     known = {case.name: case for case in MODEL_CASES}
     chosen = []
     for name in list(names) or (QUICK_CASES if quick else known):
-        if name not in known:
-            known_names = list(known)
-            hint = nearest(name, known_names) or f"; known: {', '.join(known_names)}"
-            raise ValueError(f"case {name!r} is unknown{hint}")
+        check_known("case", name, known)
         case = known[name]
         if batch is not None:
             case = replace(case, batch=batch)

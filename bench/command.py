@@ -10,10 +10,15 @@ from pathlib import Path
 import torch
 
 from . import model as model_bench
+from . import ops as op_bench
 from .cases import select
 from .files import check_writable, write_json
 from .machine import default_device, machine, use_threads
+from .op_cases import select_op_cases
+from .op_providers import select_providers
+from .op_report import op_document, op_table, roofs_line
 from .report import console, count, document, header, table
+from .roofs import measure as measure_roofs
 from .timing import MIN_ROUNDS, check_rounds
 
 DEFAULT_ROUNDS = 12
@@ -63,6 +68,82 @@ def model(
                 if target is not None:  # after every case: an interrupted run keeps what it had
                     write_json(target, document(results, about, settings))
     return all(result.ok for result in results)
+
+
+def ops(
+    *,
+    cases: Sequence[str] = (),
+    ops: Sequence[str] = (),
+    providers: Sequence[str] = (),
+    quick: bool = False,
+    rounds: int | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+    json_file: Path | None = None,
+) -> bool:
+    """``bench ops``: True if ours ran and passed parity in every case; a peer may fail.
+
+    An interrupted run keeps the cases that were done.
+
+    Raises:
+        ValueError: an unknown case, op or provider, a count out of range, a device that is not there, a file that
+            cannot be written.
+        FileNotFoundError: the folder of ``json_file`` does not exist.
+    """
+    chosen = select_op_cases(cases, ops, quick=quick)
+    taking_part = select_providers(providers, quick=quick)
+    rounds = (MIN_ROUNDS if quick else DEFAULT_ROUNDS) if rounds is None else rounds
+    check_rounds(rounds)
+    place = _device(device)
+    target = None if json_file is None else check_writable(json_file, "--json")
+
+    shown = console()
+    with use_threads(threads):
+        about = machine(place)
+        settings = {"device": place.type, "rounds": rounds}
+        shown.print(header(about, settings))
+        results: list[op_bench.OpResult] = []
+        with shown.status("the machine's roofs") as status:
+            roofs = measure_roofs(place, [case.dtype for case in chosen])
+            shown.print(roofs_line(roofs), soft_wrap=True)
+
+            def keep() -> None:
+                if target is not None:
+                    complete = len(results) == len(chosen)
+                    write_json(target, op_document(results, roofs, about, settings, complete=complete))
+
+            try:
+                for case in chosen:
+                    result = op_bench.run_case(case, taking_part, device=place, rounds=rounds, progress=status.update)
+                    results.append(result)
+                    shown.print(op_table(result, roofs))
+                    keep()
+            except KeyboardInterrupt:
+                keep()  # the last case may have been on its way there
+                kept = "" if target is None else f"; they are in {target}"
+                shown.print(f"interrupted: {len(results)} of {count(len(chosen), 'case')} done{kept}", soft_wrap=True)
+                raise
+    return all(result.ok for result in results)
+
+
+def memory(*, json_file: Path | None = None) -> bool:
+    """``bench memory``: bytes of a layer's training step.
+
+    Raises:
+        ModuleNotFoundError: Triton is not installed, whose kernels' memory is counted.
+        ValueError: a file that cannot be written.
+        FileNotFoundError: the folder of ``json_file`` does not exist.
+    """
+    if find_spec("triton") is None:
+        raise ModuleNotFoundError("bench memory counts what the Triton kernels allocate, and triton is not installed")
+    from . import memory as memory_bench
+
+    target = None if json_file is None else check_writable(json_file, "--json")
+    results = memory_bench.run()
+    console().print(memory_bench.table(results))
+    if target is not None:
+        write_json(target, memory_bench.document(results))
+    return True
 
 
 def static(

@@ -1,0 +1,214 @@
+"""How results of ``bench ops`` are shown (a table) and kept (JSON).
+
+The JSON is an object::
+
+    schema     1; raised when a field changes its meaning or goes away
+    kind       "ops"
+    complete   false when the run was interrupted: later cases are missing
+    machine    as in bench model
+    settings   device, rounds
+    roofs      bandwidth_gb_s; matrix_gflop_s, an object with one number a dtype
+    results    one object a case:
+      case       name, op, batch, rows (tokens), vision_tokens, text_lengths (valid tokens per sample), text_width,
+                 width, out, heads, residual, dtype, direction ("forward" or "backward"), flops, bytes
+      ok         ours ran and passed, or the case was skipped
+      skipped    null, or why the case was not run
+      providers  one object each:
+        name
+        missing   null, or why it cannot take part
+        failure   null, or what it raised
+        errors    null, or for each result ("out", or the input whose gradient it is) null or maximum, rms, absolute as
+                  in bench model
+        parity    "passed", "failed", or null when it did not run
+        reason    null, or the result and the bound that it broke
+        time_ms   null, or median, low, high, rounds (every round's time, in order)
+        roof      null, or share (of the roof that binds, 1 = reached) and bound ("matrix" or "memory")
+        speedup   null, or median, low, high of the per-round ratio provider / ours: above 1 ours is the faster
+
+``low`` and ``high`` are the ends of a 95 % confidence interval of the median. Numbers are finite: where a result was
+not, its error is null and its parity "failed".
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any
+
+import torch
+from rich.table import Table
+from rich.text import Text
+
+from .op_cases import OpCase
+from .op_providers import OURS
+from .ops import OpOutcome, OpResult
+from .report import interval, milliseconds
+from .roofs import Roofs
+from .timing import Estimate, Timing
+
+SCHEMA = 1
+
+
+def roofs_line(roofs: Roofs) -> str:
+    """The machine's roofs in a line."""
+    rates = ", ".join(f"{_rate(rate)} in {_dtype(dtype)}" for dtype, rate in roofs.matrix.items())
+    return f"measured roofs: memory {roofs.bandwidth / 1e9:.3g} GB/s; matrix products {rates}"
+
+
+def op_table(result: OpResult, roofs: Roofs) -> Table:
+    """One case's outcomes; who cannot take part comes last."""
+    case = result.case
+    title = f"{case.name}: {describe(case)}"
+    shown = Table(title=title, title_justify="left", title_style="bold", min_width=len(title))  # a title in one line
+    shown.add_column("provider")
+    shown.add_column("max error", justify="right")
+    shown.add_column("parity")
+    shown.add_column("time", justify="right")
+    shown.add_column("of roof", justify="right")
+    shown.add_column("ours is faster by", justify="right")
+    if result.skipped is not None:
+        shown.add_row(Text(f"skipped: {result.skipped}", style="yellow"))
+    for outcome in sorted(result.outcomes, key=lambda outcome: outcome.missing is not None):
+        shown.add_row(*_row(outcome, result, roofs))
+    return shown
+
+
+def describe(case: OpCase) -> str:
+    """The case in a few words."""
+    batch, shape = case.batch, case.shape
+    text = sum(batch.text_lengths()) / batch.samples
+    parts = [f"{batch.samples} x ({batch.vision} + {text:.3g}) tokens"]
+    if case.op == "attention":
+        parts.append(f"{shape.heads} heads of {shape.width // shape.heads}")
+    else:
+        parts.append(f"width {shape.width}" + (f" to {shape.out}" if shape.out else ""))
+    if shape.residual:
+        parts.append("residual")
+    if case.flops():
+        parts.append(f"{case.flops() / 1e9:.3g} GFLOP")
+    return ", ".join([*parts, f"{case.bytes() / 1e6:.3g} MB"])
+
+
+def _row(outcome: OpOutcome, result: OpResult, roofs: Roofs) -> list[Any]:
+    if outcome.missing is not None:
+        return [Text(outcome.provider, style="dim"), "", Text(f"not run: {outcome.missing}", style="dim"), "", "", ""]
+    error = outcome.error
+    maximum = "" if error is None else f"{error.maximum:.1e}"
+    if outcome.failure is not None:
+        return [outcome.provider, maximum, Text(f"raised {outcome.failure}", style="bold red"), "none", "", ""]
+    assert outcome.verdict is not None
+    if not outcome.ok or result.timing is None:
+        return [outcome.provider, maximum, Text(f"FAILED: {outcome.verdict.reason}", style="bold red"), "none", "", ""]
+    time = result.timing.time(outcome.provider)
+    share, bound = _share(result.case, time, roofs)
+    speedup = _speedup(outcome.provider, result.timing)
+    return [
+        outcome.provider,
+        maximum,
+        Text("passed", style="green"),
+        f"{milliseconds(time.median)} ms",
+        f"{100 * share:.2g}% {bound}",
+        "" if speedup is None else interval(speedup),
+    ]
+
+
+def op_document(
+    results: Sequence[OpResult],
+    roofs: Roofs,
+    machine: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    complete: bool,
+) -> dict[str, Any]:
+    """The JSON of a run; the module's docstring describes it."""
+    return {
+        "schema": SCHEMA,
+        "kind": "ops",
+        "complete": complete,
+        "machine": dict(machine),
+        "settings": dict(settings),
+        "roofs": {
+            "bandwidth_gb_s": roofs.bandwidth / 1e9,
+            "matrix_gflop_s": {_dtype(dtype): rate / 1e9 for dtype, rate in roofs.matrix.items()},
+        },
+        "results": [
+            {
+                "case": _case(result.case),
+                "ok": result.ok,
+                "skipped": result.skipped,
+                "providers": [_provider(outcome, result, roofs) for outcome in result.outcomes],
+            }
+            for result in results
+        ],
+    }
+
+
+def _case(case: OpCase) -> dict[str, Any]:
+    shape, batch = case.shape, case.batch
+    return {
+        "name": case.name,
+        "op": case.op,
+        "batch": batch.samples,
+        "rows": batch.rows,
+        "vision_tokens": batch.vision,
+        "text_lengths": batch.text_lengths(),
+        "text_width": batch.text_width,
+        "width": shape.width,
+        "out": shape.out,
+        "heads": shape.heads,
+        "residual": shape.residual,
+        "dtype": _dtype(case.dtype),
+        "direction": "backward" if case.backward else "forward",
+        "flops": case.flops(),
+        "bytes": case.bytes(),
+    }
+
+
+def _provider(outcome: OpOutcome, result: OpResult, roofs: Roofs) -> dict[str, Any]:
+    errors = None
+    if outcome.errors is not None:
+        errors = {
+            name: asdict(error) if all(map(math.isfinite, asdict(error).values())) else None
+            for name, error in outcome.errors.items()
+        }
+    time_ms = roof = speedup = None
+    if outcome.ok and result.timing is not None:
+        time = result.timing.time(outcome.provider)
+        rounds = [nanoseconds / 1e6 for nanoseconds in result.timing.rounds[outcome.provider]]
+        time_ms = {name: nanoseconds / 1e6 for name, nanoseconds in asdict(time).items()} | {"rounds": rounds}
+        share, bound = _share(result.case, time, roofs)
+        roof = {"share": share, "bound": bound}
+        ratio = _speedup(outcome.provider, result.timing)
+        speedup = None if ratio is None else asdict(ratio)
+    return {
+        "name": outcome.provider,
+        "missing": outcome.missing,
+        "failure": outcome.failure,
+        "errors": errors,
+        "parity": None if outcome.verdict is None else ("passed" if outcome.verdict.ok else "failed"),
+        "reason": (outcome.verdict.reason or None) if outcome.verdict else None,
+        "time_ms": time_ms,
+        "roof": roof,
+        "speedup": speedup,
+    }
+
+
+def _share(case: OpCase, time: Estimate, roofs: Roofs) -> tuple[float, str]:
+    return roofs.share(case.flops(), case.bytes(), case.dtype, time.median)
+
+
+def _speedup(provider: str, timing: Timing) -> Estimate | None:
+    if provider == OURS.name or OURS.name not in timing.rounds:
+        return None
+    return timing.speedup(OURS.name, over=provider)
+
+
+def _rate(flop_per_second: float) -> str:
+    return (
+        f"{flop_per_second / 1e12:.3g} TFLOP/s" if flop_per_second >= 1e12 else f"{flop_per_second / 1e9:.3g} GFLOP/s"
+    )
+
+
+def _dtype(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
