@@ -4,4 +4,8 @@
 
 #include "cpu/ops.h"
 
-STABLE_TORCH_LIBRARY_IMPL(beit3_fast, CPU, m) { m.impl("layer_norm", TORCH_BOX(&beit3_fast::cpu::layer_norm)); }
+STABLE_TORCH_LIBRARY_IMPL(beit3_fast, CPU, m) {
+  m.impl("layer_norm", TORCH_BOX(&beit3_fast::cpu::layer_norm));
+  m.impl("attention_cpu", TORCH_BOX(&beit3_fast::cpu::attention));
+  m.impl("attention_cpu_backward", TORCH_BOX(&beit3_fast::cpu::attention_backward));
+}

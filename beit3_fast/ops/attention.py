@@ -149,7 +149,7 @@ def _probabilities(q: Tensor, k: Tensor, forbidden: Tensor | None, scale: float)
     return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0).unsqueeze(-1)), lse
 
 
-def _forward(
+def _plain_forward(
     qkv: Tensor, layout_segments: Tensor, forbidden: Tensor | None, mask: str, scale: float, max_length: int, save: bool
 ) -> tuple[Tensor, Tensor]:
     num_rows, _, num_heads, head_dim = qkv.shape
@@ -174,6 +174,13 @@ def _forward(
     return out.flatten(1), lse
 
 
+def _forward(
+    qkv: Tensor, layout_segments: Tensor, forbidden: Tensor | None, mask: str, scale: float, max_length: int, save: bool
+) -> tuple[Tensor, Tensor]:
+    forward = _plain_forward if qkv.dtype == torch.float64 else _attention_cpu
+    return forward(qkv, layout_segments, forbidden, mask, scale, max_length, save)
+
+
 def _fake(
     qkv: Tensor, layout_segments: Tensor, forbidden: Tensor | None, mask: str, scale: float, max_length: int, save: bool
 ) -> tuple[Tensor, Tensor]:
@@ -182,7 +189,7 @@ def _fake(
     return qkv.new_empty(num_rows, num_heads * head_dim), lse
 
 
-def _backward_forward(
+def _plain_backward(
     dout: Tensor,
     qkv: Tensor,
     out: Tensor,
@@ -206,6 +213,21 @@ def _backward_forward(
         dqkv[rows, 1] = torch.einsum("hij,ihd->jhd", dscores, q * scale)
         dqkv[rows, 2] = torch.einsum("hij,ihd->jhd", probabilities.to(dy.dtype), dy)
     return dqkv
+
+
+def _backward_forward(
+    dout: Tensor,
+    qkv: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    layout_segments: Tensor,
+    forbidden: Tensor | None,
+    mask: str,
+    scale: float,
+    max_length: int,
+) -> Tensor:
+    backward = _plain_backward if qkv.dtype == torch.float64 else _attention_cpu_backward
+    return backward(dout, qkv, out, lse, layout_segments, forbidden, mask, scale, max_length)
 
 
 def _backward_fake(
@@ -269,6 +291,19 @@ def _triton_backward(
     )
 
 
+# What the CPU library compiles. On other devices, and where there is no such library, it is plain PyTorch.
+_attention_cpu = _library.define(
+    "attention_cpu(Tensor qkv, Tensor segments, Tensor? forbidden, str mask, float scale, int max_length, bool save)"
+    " -> (Tensor out, Tensor lse)",
+    _plain_forward,
+    _fake,
+)
+_attention_cpu_backward = _library.define(
+    "attention_cpu_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor segments, Tensor? forbidden,"
+    " str mask, float scale, int max_length) -> Tensor dqkv",
+    _plain_backward,
+    _backward_fake,
+)
 _attention = _library.define(
     "attention(Tensor qkv, Tensor segments, Tensor? forbidden, str mask, float scale, int max_length, bool save)"
     " -> (Tensor out, Tensor lse)",

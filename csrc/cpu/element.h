@@ -14,6 +14,11 @@ struct float16 {
   uint16_t bits;
 };
 
+// Two neighbours along the depth of a product.
+struct bfloat16_pair {
+  uint32_t bits;
+};
+
 // An operand that is absent.
 struct none {};
 

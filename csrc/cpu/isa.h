@@ -10,7 +10,7 @@
 
 namespace beit3_fast {
 
-enum class Isa { baseline, avx2, avx512 };
+enum class Isa { baseline, avx2, avx512, avx512_bf16 };
 
 // The best one that this processor and operating system can run.
 inline Isa native_isa() {
@@ -19,7 +19,7 @@ inline Isa native_isa() {
     __builtin_cpu_init();
     if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
         __builtin_cpu_supports("avx512vl")) {
-      return Isa::avx512;
+      return __builtin_cpu_supports("avx512bf16") ? Isa::avx512_bf16 : Isa::avx512;
     }
     // every processor with AVX2 has F16C
     return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") ? Isa::avx2 : Isa::baseline;
@@ -31,8 +31,17 @@ inline Isa native_isa() {
 }
 
 template <class Function>
-Function at_isa(Isa isa, Function baseline, Function avx2, Function avx512) {
-  return isa == Isa::avx512 ? avx512 : isa == Isa::avx2 ? avx2 : baseline;
+Function at_isa(Isa isa, Function baseline, Function avx2, Function avx512, Function avx512_bf16) {
+  switch (isa) {
+    case Isa::avx512_bf16:
+      return avx512_bf16;
+    case Isa::avx512:
+      return avx512;
+    case Isa::avx2:
+      return avx2;
+    default:
+      return baseline;
+  }
 }
 
 }  // namespace beit3_fast
@@ -40,9 +49,9 @@ Function at_isa(Isa isa, Function baseline, Function avx2, Function avx512) {
 #if defined(__x86_64__)
 #define BEIT3_AT(isa, ...)                                                                            \
   ::beit3_fast::at_isa((isa), &::beit3_fast::baseline::__VA_ARGS__, &::beit3_fast::avx2::__VA_ARGS__, \
-                       &::beit3_fast::avx512::__VA_ARGS__)
+                       &::beit3_fast::avx512::__VA_ARGS__, &::beit3_fast::avx512_bf16::__VA_ARGS__)
 #else
 #define BEIT3_AT(isa, ...)                                                                                \
   ::beit3_fast::at_isa((isa), &::beit3_fast::baseline::__VA_ARGS__, &::beit3_fast::baseline::__VA_ARGS__, \
-                       &::beit3_fast::baseline::__VA_ARGS__)
+                       &::beit3_fast::baseline::__VA_ARGS__, &::beit3_fast::baseline::__VA_ARGS__)
 #endif

@@ -189,3 +189,13 @@ BEIT3_INLINE A sum_lanes(const V& value) {
     return (value[0] + value[2]) + (value[1] + value[3]);
   }
 }
+
+// ---- the largest lane, but for NaN, which it may or may not be ----
+
+BEIT3_INLINE float largest_lane(const F32& value) {
+  float largest = value[0];
+  for (int64_t i = 1; i < lanes<float>; ++i) largest = value[i] > largest ? value[i] : largest;
+  return largest;
+}
+
+BEIT3_INLINE void maximum(F32& out, const F32& a, const F32& b) { out = a > b ? a : b; }

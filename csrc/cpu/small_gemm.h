@@ -1,0 +1,65 @@
+// Products of matrices that lie in the cache: C = alpha A B, or C += A B. Included through foreach_isa.h after pack.h,
+// once for each instruction set: no include guard.
+//
+// A tile of C, six rows by a panel of B, stays in registers: with 32 of them (AVX-512) six rows of four vectors, with
+// 16 six rows of two. Each step of the depth loads a row of B's panel and broadcasts six words of A.
+
+constexpr int64_t tile_rows = 6;
+
+BEIT3_INLINE void multiply_add(F32& sum, float a, const F32& b) { sum += a * b; }
+
+#ifdef BEIT3_BFLOAT16_DOT
+BEIT3_INLINE void multiply_add(F32& sum, bfloat16_pair a, const U32& b) {
+  sum = (F32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a.bits), (__m512bh)b);
+}
+#endif
+
+template <int64_t vectors, class Word>
+void multiply_tile(const Word* a, int64_t a_stride, const Word* b, int64_t b_stride, int64_t depth, float alpha,
+                   bool accumulate, float* c, int64_t c_stride) {
+  F32 sum[tile_rows][vectors] = {};
+  for (int64_t k = 0; k < depth; ++k) {
+    Words<Word> row[vectors];
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < vectors; ++v) std::memcpy(&row[v], b + v * lanes<float>, sizeof(row[v]));
+#pragma GCC unroll 6
+    for (int64_t r = 0; r < tile_rows; ++r) {
+#pragma GCC unroll 4
+      for (int64_t v = 0; v < vectors; ++v) multiply_add(sum[r][v], a[r * a_stride], row[v]);
+    }
+    a += 1;
+    b += b_stride;
+  }
+#pragma GCC unroll 6
+  for (int64_t r = 0; r < tile_rows; ++r) {
+#pragma GCC unroll 4
+    for (int64_t v = 0; v < vectors; ++v) {
+      float* const to = c + r * c_stride + v * lanes<float>;
+      F32 value = sum[r][v] * alpha;
+      if (accumulate) {
+        F32 before;
+        load(before, to);
+        value += before;
+      }
+      store(to, value);
+    }
+  }
+}
+
+// C's rows are a multiple of tile_rows, its columns whole vectors.
+template <class Word>
+void multiply(const Matrix<Word>& a, const Matrix<Word>& b, int64_t depth, float alpha, bool accumulate, float* c,
+              int64_t c_stride, int64_t rows, int64_t columns) {
+  for (int64_t n = 0; n < columns; n += panel_width) {
+    const int64_t vectors = (columns - n) / lanes<float>;
+    auto tile = &multiply_tile<panel_vectors, Word>;
+    if (vectors == 1) tile = &multiply_tile<1, Word>;
+    if constexpr (panel_vectors == 4) {
+      if (vectors == 2) tile = &multiply_tile<2, Word>;
+      if (vectors == 3) tile = &multiply_tile<3, Word>;
+    }
+    for (int64_t r = 0; r < rows; r += tile_rows) {
+      tile(a.at(r, 0), a.stride, b.at(0, n), b.stride, depth, alpha, accumulate, c + r * c_stride + n, c_stride);
+    }
+  }
+}
