@@ -25,7 +25,7 @@ from ._library import (
 )
 from ._triton import precision, serves, unit_stride
 from .layer_norm import _layer_norm, _layer_norm_backward, layer_norm_reference
-from .multiway_linear import activate, gelu, gelu_backward, linear_backward, linear_forward, multiway_linear_reference
+from .multiway_linear import compiled_backward, compiled_forward, gelu, multiway_linear_reference
 
 
 def multiway_ffn(
@@ -155,14 +155,15 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = x if row_index is None else x.index_select(0, row_index)
-    pre = linear_forward(rows, fc1_weight, fc1_bias, expert_offsets)
-    hidden = activate(pre, in_place=not save)
+    hidden, pre = compiled_forward(rows, fc1_weight, fc1_bias, expert_offsets, True, None, None, save)
     mean, rstd = _no_statistics(x), _no_statistics(x)
     if norm_weight is not None and norm_bias is not None:
         hidden, _, mean, rstd = _layer_norm(hidden, None, norm_weight, norm_bias, expert_offsets, eps)
-    out = linear_forward(hidden, fc2_weight, fc2_bias, expert_offsets)
     branch, sums = empty(x), _no_statistics(x)
-    if save and norm_weight is not None and norm_bias is not None and serves(x):
+    for_kernels = save and norm_weight is not None and serves(x)
+    fused = residual if row_index is None and not for_kernels else None  # the sum in the product's own pass
+    out, _ = compiled_forward(hidden, fc2_weight, fc2_bias, expert_offsets, False, fused, None, False)
+    if for_kernels and norm_weight is not None and norm_bias is not None:
         # plain PyTorch was chosen where the kernels may run the backward: what they would have kept
         sums = fold_norm(norm_weight, norm_bias, fc2_weight, fc2_bias)
         branch = out.clone()
@@ -170,7 +171,7 @@ def _forward(
             branch[where] -= sums[1, expert].to(x.dtype)
     if row_index is not None:
         out = torch.empty_like(out).index_copy_(0, row_index.long(), out)
-    if residual is not None:
+    if residual is not None and fused is None:
         out = residual + out
     if not save:
         return out, empty(x), _no_statistics(x), _no_statistics(x), branch, sums
@@ -232,13 +233,15 @@ def _backward_forward(
     dnorm_weight, dnorm_bias = empty(x), empty(x)
     if norm_weight is not None and norm_bias is not None:
         hidden = _layer_norm(activated, None, norm_weight, norm_bias, expert_offsets, eps)[0]
-    dhidden, dfc2_weight, dfc2_bias = linear_backward(dy, hidden, fc2_weight, expert_offsets, True, needs_parameters)
+    dhidden, dfc2_weight, dfc2_bias = compiled_backward(
+        dy, hidden, fc2_weight, expert_offsets, None, None, True, needs_parameters
+    )
     if norm_weight is not None:
         dhidden, dnorm_weight, dnorm_bias = _layer_norm_backward(
             dhidden, activated, norm_weight, expert_offsets, mean, rstd
         )
-    dx, dfc1_weight, dfc1_bias = linear_backward(
-        gelu_backward(dhidden, pre), x, fc1_weight, expert_offsets, needs_x, needs_parameters
+    dx, dfc1_weight, dfc1_bias = compiled_backward(
+        dhidden, x, fc1_weight, expert_offsets, pre, None, needs_x, needs_parameters
     )
     if row_index is not None and needs_x:
         dx = torch.empty_like(dx).index_copy_(0, row_index.long(), dx)

@@ -113,11 +113,6 @@ def gelu(x: Tensor) -> Tensor:
     return F.gelu(x.to(wide(x.dtype))).to(x.dtype)
 
 
-def activate(pre: Tensor, *, in_place: bool) -> Tensor:
-    """:func:`gelu`, over the pre-activation where nobody needs it: a layer's widest buffer need not exist twice."""
-    return torch.ops.aten.gelu_(pre) if in_place and pre.dtype == wide(pre.dtype) else gelu(pre)
-
-
 def gelu_backward(dy: Tensor, x: Tensor) -> Tensor:
     """Gradient of :func:`gelu` at x, in x's dtype."""
     return torch.ops.aten.gelu_backward(dy.to(wide(x.dtype)), x.to(wide(x.dtype))).to(x.dtype)
@@ -125,23 +120,14 @@ def gelu_backward(dy: Tensor, x: Tensor) -> Tensor:
 
 def linear_forward(x: Tensor, weight: Tensor, bias: Tensor | None, expert_offsets: Tensor) -> Tensor:
     """(N, O) ``x @ weight[e].T + bias[e]``; padding rows are zeros. Not differentiable: for op implementations."""
-    # On the CPU fp32 products go to oneDNN: F.linear's MKL takes a generic path on AMD (80 against 102 GFLOP/s a core
-    # on Zen 4, 128 against 267 on Zen 5, at 768 -> 3072). In bf16 both end in oneDNN.
-    onednn = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.is_available()
     out = x.new_empty(x.shape[0], weight.shape[1])
     end = 0
     for expert, rows in segments(expert_offsets, x.shape[0]):
-        expert_bias = None if bias is None else bias[expert]
-        if onednn:
-            product = torch.ops.mkldnn._linear_pointwise(x[rows], weight[expert], expert_bias, "none", [], "")
-            if rows == slice(0, x.shape[0]):
-                return product
-            out[rows] = product
         # written in place: concatenating the experts' outputs would be one more pass over memory
-        elif expert_bias is None:
+        if bias is None:
             torch.mm(x[rows], weight[expert].t(), out=out[rows])
         else:
-            torch.addmm(expert_bias, x[rows], weight[expert].t(), out=out[rows])
+            torch.addmm(bias[expert], x[rows], weight[expert].t(), out=out[rows])
         end = rows.stop
     out[end:].zero_()
     return out
@@ -164,7 +150,7 @@ def linear_backward(
     return dx, dweight, dbias
 
 
-def _forward(
+def _plain_forward(
     x: Tensor,
     weight: Tensor,
     bias: Tensor | None,
@@ -175,12 +161,28 @@ def _forward(
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     pre = linear_forward(x if row_index is None else x.index_select(0, row_index), weight, bias, expert_offsets)
-    out = activate(pre, in_place=not save) if use_gelu else pre
+    out = gelu(pre) if use_gelu else pre
     if row_index is not None:
         out = torch.empty_like(out).index_copy_(0, row_index.long(), out)
     if residual is not None:
         out = residual + out
     return out, pre if save and use_gelu else empty(x)
+
+
+def compiled_forward(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    expert_offsets: Tensor,
+    use_gelu: bool,
+    residual: Tensor | None,
+    row_index: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """The CPU library's linear layer where there is one and it has the dtype, otherwise plain PyTorch."""
+    in_double = torch.float64 in (x.dtype, x.dtype if residual is None else residual.dtype)
+    forward = _plain_forward if in_double else _multiway_linear_cpu
+    return forward(x, weight, bias, expert_offsets, use_gelu, residual, row_index, save)
 
 
 def _fake(
@@ -198,7 +200,7 @@ def _fake(
     return x.new_empty(shape, dtype=dtype), x.new_empty(shape) if save and use_gelu else x.new_empty(0)
 
 
-def _backward_forward(
+def _plain_backward(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
@@ -215,6 +217,21 @@ def _backward_forward(
     if row_index is not None and needs_x:
         dx = torch.empty_like(dx).index_copy_(0, row_index.long(), dx)
     return dx, dweight, dbias
+
+
+def compiled_backward(
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    pre: Tensor | None,
+    row_index: Tensor | None,
+    needs_x: bool,
+    needs_parameters: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The CPU library's gradients where there is one and it has the dtype, otherwise plain PyTorch."""
+    backward = _plain_backward if x.dtype == torch.float64 else _multiway_linear_cpu_backward
+    return backward(dy, x, weight, expert_offsets, pre, row_index, needs_x, needs_parameters)
 
 
 def _backward_fake(
@@ -247,7 +264,7 @@ def _triton_forward(
     num_experts, out_width, in_width = weight.shape
     choice = choose("multiway_linear", x.device, x.dtype, x.shape[0], num_experts, (in_width, out_width))
     if not choice.use_triton:
-        return _forward(x, weight, bias, expert_offsets, use_gelu, residual, row_index, save)
+        return compiled_forward(x, weight, bias, expert_offsets, use_gelu, residual, row_index, save)
     return kernels.forward(
         x,
         weight,
@@ -277,7 +294,7 @@ def _triton_backward(
     num_experts, out_width, in_width = weight.shape
     choice = choose("multiway_linear_backward", x.device, x.dtype, x.shape[0], num_experts, (in_width, out_width))
     if not choice.use_triton:
-        return _backward_forward(dy, x, weight, expert_offsets, pre, row_index, needs_x, needs_parameters)
+        return compiled_backward(dy, x, weight, expert_offsets, pre, row_index, needs_x, needs_parameters)
     return kernels.backward(
         unit_stride(dy),
         x,
@@ -295,16 +312,29 @@ def _triton_backward(
 _multiway_linear = _library.define(
     "multiway_linear(Tensor x, Tensor weight, Tensor? bias, Tensor expert_offsets, bool gelu, Tensor? residual,"
     " Tensor? row_index, bool save) -> (Tensor out, Tensor pre_activation)",
-    _forward,
+    compiled_forward,
     _fake,
     _triton_forward,
 )
 _multiway_linear_backward = _library.define(
     "multiway_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor expert_offsets, Tensor? pre_activation,"
     " Tensor? row_index, bool needs_x, bool needs_parameters) -> (Tensor dx, Tensor dweight, Tensor dbias)",
-    _backward_forward,
+    compiled_backward,
     _backward_fake,
     _triton_backward,
+)
+# What the CPU library compiles. On other devices, and where there is no such library, it is plain PyTorch.
+_multiway_linear_cpu = _library.define(
+    "multiway_linear_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor expert_offsets, bool gelu, Tensor? residual,"
+    " Tensor? row_index, bool save) -> (Tensor out, Tensor pre_activation)",
+    _plain_forward,
+    _fake,
+)
+_multiway_linear_cpu_backward = _library.define(
+    "multiway_linear_cpu_backward(Tensor dy, Tensor x, Tensor weight, Tensor expert_offsets, Tensor? pre_activation,"
+    " Tensor? row_index, bool needs_x, bool needs_parameters) -> (Tensor dx, Tensor dweight, Tensor dbias)",
+    _plain_backward,
+    _backward_fake,
 )
 
 

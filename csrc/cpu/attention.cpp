@@ -1,17 +1,10 @@
 // Attention over two-part sequences, forward and backward: the arguments, and the work of each thread.
 #include "attention.h"
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <algorithm>
-#include <memory>
-#include <new>
 #include <optional>
-#include <string>
 #include <tuple>
 
+#include "arguments.h"
 #include "ops.h"
 
 #define BEIT3_KERNEL "attention_tile.h"
@@ -20,7 +13,6 @@
 namespace beit3_fast::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
 using Kernel = int64_t (*)(const AttentionCall&, const AttentionTask*, const AttentionTask*, void*);
 
 // Pairs of query and key below which a second thread costs more than it saves.
@@ -96,12 +88,6 @@ void check_output(const Tensor& tensor, const char* name, const AttentionCall& c
                   " must have one element for each query element of qkv, and its dtype");
 }
 
-// The copy of a kernel for a type and this processor.
-#define BEIT3_KERNEL_OF(KERNEL, DTYPE)                                          \
-  ((DTYPE) == ScalarType::Float      ? BEIT3_AT(native_isa(), KERNEL<float>)    \
-   : (DTYPE) == ScalarType::BFloat16 ? BEIT3_AT(native_isa(), KERNEL<bfloat16>) \
-                                     : BEIT3_AT(native_isa(), KERNEL<float16>))
-
 // Each thread takes consecutive tasks, all of about the same cost.
 void run(Kernel kernel, const AttentionCall& call, const std::vector<AttentionTask>& tasks) {
   if (tasks.empty()) return;
@@ -114,9 +100,7 @@ void run(Kernel kernel, const AttentionCall& call, const std::vector<AttentionTa
   };
   const int64_t bytes = kernel(call, nullptr, nullptr, nullptr);
   torch::stable::parallel_for(0, shares, 1, [&](int64_t begin, int64_t end) {
-    constexpr std::align_val_t alignment{64};
-    const auto free = [](void* memory) { ::operator delete(memory, alignment); };
-    const std::unique_ptr<void, decltype(free)> memory(::operator new(bytes, alignment), free);
+    const Scratch memory(bytes);
     kernel(call, begin_of(begin), begin_of(end), memory.get());
   });
 }

@@ -7,6 +7,26 @@
 #include "pack.h"
 #include "small_gemm.h"
 
+// The rows of one sample in a tensor, one head's part of them.
+template <class T>
+struct Sequence {
+  T* first_row;  // of the tensor
+  int64_t stride;
+  const AttentionSample& sample;
+
+  Sequence(T* first_row, int64_t stride, const AttentionSample& sample)
+      : first_row(first_row), stride(stride), sample(sample) {}
+
+  BEIT3_INLINE T* row(int64_t position) const { return first_row + sample.row(position) * stride; }
+
+  // Bring `count` columns of a row into the cache. A head's part of a row is short and that of the next row far away:
+  // too much for the processor's own prefetching.
+  BEIT3_INLINE void prefetch(int64_t position, int64_t count) const {
+    const char* const from = reinterpret_cast<const char*>(row(position));
+    for (int64_t at = 0; at < count * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(from + at);
+  }
+};
+
 constexpr int64_t depth_at_a_time = 64;  // of a long product: so much of a panel stays in the L1 cache
 constexpr int64_t most_rows = most_attention_rows;
 constexpr float infinity = __builtin_huge_valf();

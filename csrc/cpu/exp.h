@@ -24,3 +24,22 @@ BEIT3_INLINE void exp(F32& out, const F32& x) {
   bit_copy(p, bits);
   out = x < -87.0f ? F32{} : p;
 }
+
+// 2^x, likewise; x is at most 127, below -126 the result is zero.
+BEIT3_INLINE void exp2(F32& out, const F32& x) {
+  constexpr float to_integer = 0x1.8p23f;
+  const F32 shifted = x + to_integer;
+  const F32 f = x - (shifted - to_integer);                    // in [-1/2, 1/2], exactly
+  F32 p = f * 0.0001535336188319500f + 0.001339887440266574f;  // Cephes exp2f
+  p = p * f + 0.009618437357674640f;
+  p = p * f + 0.05550332471162809f;
+  p = p * f + 0.2402264791363012f;
+  p = p * f + 0.6931472028550421f;
+  p = p * f + 1.0f;
+  U32 exponent, bits;
+  bit_copy(exponent, shifted);
+  bit_copy(bits, p);
+  bits += exponent << 23;
+  bit_copy(p, bits);
+  out = x < -126.0f ? F32{} : p;
+}

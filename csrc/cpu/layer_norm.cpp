@@ -1,16 +1,9 @@
 // Multiway LayerNorm forward, with the residual addition fused into it.
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
-#include <algorithm>
-#include <new>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <utility>
-#include <vector>
 
+#include "arguments.h"
 #include "ops.h"
 
 #define BEIT3_KERNEL "layer_norm_row.h"
@@ -19,17 +12,10 @@
 namespace beit3_fast::cpu {
 namespace {
 
-using torch::headeronly::ScalarType;
 using Outputs = std::tuple<Tensor, Tensor, Tensor, Tensor>;
 
 // Below this many elements a second thread costs more than it saves.
 constexpr int64_t elements_per_task = 32 * 1024;
-
-std::string shape_of(const Tensor& tensor) {
-  std::string text = "(";
-  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d > 0 ? ", " : "") + std::to_string(tensor.size(d));
-  return text + ")";
-}
 
 bool is_floating(ScalarType dtype) {
   return dtype == ScalarType::Float || dtype == ScalarType::Double || dtype == ScalarType::BFloat16 ||
@@ -41,8 +27,7 @@ void check_floating(const Tensor& tensor, const char* name) {
                   tensor.scalar_type());
 }
 
-void check_arguments(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& bias,
-                     const Tensor& expert_offsets) {
+void check_arguments(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& bias) {
   check_floating(x, "x");
   STD_TORCH_CHECK(x.dim() == 2, "x must have shape (rows, width), got ", shape_of(x));
   if (residual) {
@@ -56,53 +41,12 @@ void check_arguments(const Tensor& x, const std::optional<Tensor>& residual, con
   check_floating(bias, "bias");
   STD_TORCH_CHECK(bias.dim() == 2 && bias.size(0) == weight.size(0) && bias.size(1) == weight.size(1),
                   "bias must have the shape of weight, ", shape_of(weight), ", got ", shape_of(bias));
-  STD_TORCH_CHECK(expert_offsets.scalar_type() == ScalarType::Int, "expert_offsets must be int32, got ",
-                  expert_offsets.scalar_type());
-  STD_TORCH_CHECK(expert_offsets.dim() == 1 && expert_offsets.size(0) == weight.size(0) + 1,
-                  "expert_offsets must have shape (", weight.size(0) + 1, ",), one more than weight has experts, got ",
-                  shape_of(expert_offsets));
-}
-
-std::vector<int64_t> read_offsets(const Tensor& expert_offsets, int64_t rows) {
-  const Tensor contiguous = torch::stable::contiguous(expert_offsets);
-  const int32_t* first = contiguous.const_data_ptr<int32_t>();
-  std::vector<int64_t> offsets(first, first + contiguous.numel());
-  STD_TORCH_CHECK(offsets.front() == 0, "expert_offsets must begin with 0, got ", offsets.front());
-  STD_TORCH_CHECK(std::is_sorted(offsets.begin(), offsets.end()), "expert_offsets must not decrease");
-  STD_TORCH_CHECK(offsets.back() <= rows, "expert_offsets must end at or before the ", rows, " rows of x, got ",
-                  offsets.back());
-  return offsets;
 }
 
 ScalarType promote(ScalarType a, ScalarType b) {
   if (a == b) return a;
   return a == ScalarType::Double || b == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
-
-Tensor converted(const Tensor& tensor, ScalarType dtype) {
-  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-}
-
-// Rows may lie apart from each other, the elements of one may not.
-Tensor with_dense_rows(const Tensor& tensor) {
-  return tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
-}
-
-// A row in memory that no vector load of its start splits between two cache lines.
-template <class A>
-class AlignedRow {
- public:
-  explicit AlignedRow(int64_t width) : data_(static_cast<A*>(::operator new(width * sizeof(A), alignment))) {}
-  ~AlignedRow() { ::operator delete(data_, alignment); }
-  AlignedRow(const AlignedRow&) = delete;
-  AlignedRow& operator=(const AlignedRow&) = delete;
-
-  A* get() const { return data_; }
-
- private:
-  static constexpr std::align_val_t alignment{64};
-  A* data_;
-};
 
 // A matrix as bytes: what is needed to walk its rows without knowing its type.
 struct Rows {
@@ -182,14 +126,14 @@ Outputs run(Tensor x, std::optional<Tensor> residual, Tensor weight, Tensor bias
 
   const int64_t rows_per_task = std::max<int64_t>(1, elements_per_task / std::max<int64_t>(1, width));
   torch::stable::parallel_for(0, rows, rows_per_task, [&](int64_t begin, int64_t end) {
-    const AlignedRow<A> scratch(width);
+    const Scratch scratch(width * sizeof(A));
     int64_t expert = 0;
     for (int64_t r = begin; r < end; ++r) {
       const bool routed = r < offsets.back();
       const A* values = nullptr;
       if (routed || residual) {  // total is x + residual everywhere, also in the rows that no expert owns
-        values = statistics(x_rows[r], residual_rows[r], total_data + (residual ? r * width : 0), scratch.get(), width,
-                            static_cast<A>(eps), mean_data + r, rstd_data + r);
+        values = statistics(x_rows[r], residual_rows[r], total_data + (residual ? r * width : 0), scratch.get<A>(),
+                            width, static_cast<A>(eps), mean_data + r, rstd_data + r);
       }
       if (routed) {
         while (r >= offsets[expert + 1]) ++expert;
@@ -207,8 +151,8 @@ Outputs run(Tensor x, std::optional<Tensor> residual, Tensor weight, Tensor bias
 
 Outputs layer_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& bias,
                    const Tensor& expert_offsets, double eps) {
-  check_arguments(x, residual, weight, bias, expert_offsets);
-  const std::vector<int64_t> offsets = read_offsets(expert_offsets, x.size(0));
+  check_arguments(x, residual, weight, bias);
+  const std::vector<int64_t> offsets = read_offsets(expert_offsets, weight.size(0), x.size(0));
   switch (residual ? promote(x.scalar_type(), residual->scalar_type()) : x.scalar_type()) {
     case ScalarType::Double:
       return run<double>(x, residual, weight, bias, offsets, eps);

@@ -26,4 +26,22 @@ Tensor attention_backward(const Tensor& dout, const Tensor& qkv, const Tensor& o
                           const Tensor& segments, const std::optional<Tensor>& forbidden, std::string mask,
                           double scale, int64_t max_length);
 
+// (dy, total, weight, expert_offsets, mean, rstd, dresidual) -> (dtotal, dweight, dbias)
+std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy, const Tensor& total, const Tensor& weight,
+                                                       const Tensor& expert_offsets, const Tensor& mean,
+                                                       const Tensor& rstd, const std::optional<Tensor>& dresidual);
+
+// (x, weight, bias, expert_offsets, gelu, residual, row_index, save) -> (out, pre_activation)
+std::tuple<Tensor, Tensor> multiway_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                           const Tensor& expert_offsets, bool gelu,
+                                           const std::optional<Tensor>& residual,
+                                           const std::optional<Tensor>& row_index, bool save);
+
+// (dy, x, weight, expert_offsets, pre_activation, row_index, needs_x, needs_parameters) -> (dx, dweight, dbias)
+std::tuple<Tensor, Tensor, Tensor> multiway_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
+                                                            const Tensor& expert_offsets,
+                                                            const std::optional<Tensor>& pre_activation,
+                                                            const std::optional<Tensor>& row_index, bool needs_x,
+                                                            bool needs_parameters);
+
 }  // namespace beit3_fast::cpu

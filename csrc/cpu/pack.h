@@ -20,6 +20,8 @@ using Words = std::conditional_t<std::is_same_v<Word, float>, F32, U32>;
 
 BEIT3_INLINE int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
+BEIT3_INLINE int64_t least(int64_t a, int64_t b) { return a < b ? a : b; }
+
 BEIT3_INLINE int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 // Words in panels of panel_width columns: within a panel row after row, one panel after the other. A left operand is
@@ -47,26 +49,6 @@ Matrix<Word> panels_matrix(Word* data, int64_t depth) {
   return {data, panel_width, depth * panel_width};
 }
 
-// The rows of one sample in a tensor, one head's part of them.
-template <class T>
-struct Sequence {
-  T* first_row;  // of the tensor
-  int64_t stride;
-  const AttentionSample& sample;
-
-  Sequence(T* first_row, int64_t stride, const AttentionSample& sample)
-      : first_row(first_row), stride(stride), sample(sample) {}
-
-  BEIT3_INLINE T* row(int64_t position) const { return first_row + sample.row(position) * stride; }
-
-  // Bring `count` columns of a row into the cache. A head's part of a row is short and that of the next row far away:
-  // too much for the processor's own prefetching.
-  BEIT3_INLINE void prefetch(int64_t position, int64_t count) const {
-    const char* const from = reinterpret_cast<const char*>(row(position));
-    for (int64_t at = 0; at < count * static_cast<int64_t>(sizeof(T)); at += 64) __builtin_prefetch(from + at);
-  }
-};
-
 // ---- gathering a vector of words; what lies outside is zero ----
 
 template <class V, class T>
@@ -81,13 +63,13 @@ BEIT3_INLINE void load_up_to(V& out, const T* from, int64_t count) {
 }
 
 // words `at` and following of a row
-template <class T>
-BEIT3_INLINE void words_along(F32& out, const Sequence<const T>& source, int64_t position, int64_t at, int64_t width) {
+template <class Source>
+BEIT3_INLINE void words_along(F32& out, const Source& source, int64_t position, int64_t at, int64_t width) {
   load_up_to(out, source.row(position) + at, width - at);
 }
 
-BEIT3_INLINE void words_along(U32& out, const Sequence<const bfloat16>& source, int64_t position, int64_t at,
-                              int64_t width) {
+template <class Source>
+BEIT3_INLINE void words_along(U32& out, const Source& source, int64_t position, int64_t at, int64_t width) {
   const int64_t count = width - 2 * at;
   if (count >= 2 * lanes<float>) {
     std::memcpy(&out, source.row(position) + 2 * at, sizeof(out));
@@ -98,14 +80,14 @@ BEIT3_INLINE void words_along(U32& out, const Sequence<const bfloat16>& source, 
 }
 
 // columns `at` and following of `elements` rows
-template <class T>
-BEIT3_INLINE void words_across(F32& out, const Sequence<const T>& source, int64_t position, int64_t, int64_t at,
-                               int64_t width) {
+template <class Source>
+BEIT3_INLINE void words_across(F32& out, const Source& source, int64_t position, int64_t, int64_t at, int64_t width) {
   words_along(out, source, position, at, width);
 }
 
-BEIT3_INLINE void words_across(U32& out, const Sequence<const bfloat16>& source, int64_t position, int64_t end,
-                               int64_t at, int64_t width) {
+template <class Source>
+BEIT3_INLINE void words_across(U32& out, const Source& source, int64_t position, int64_t end, int64_t at,
+                               int64_t width) {
   F32 first, second{};  // widened, a bfloat16 is the upper half of the lane
   load_up_to(first, source.row(position) + at, width - at);
   if (position + 1 < end) load_up_to(second, source.row(position + 1) + at, width - at);
@@ -141,8 +123,8 @@ BEIT3_INLINE void transpose(U32 (&square)[lanes<float>]) {
 // ---- the four forms of an operand ----
 
 // Row i of `out` holds the words of position first + i, along its width. Rows from `count` to `padded` are zeros.
-template <class Word, class T>
-void pack_rows(const Matrix<Word>& out, const Sequence<const T>& source, int64_t first, int64_t count, int64_t padded,
+template <class Word, class Source>
+void pack_rows(const Matrix<Word>& out, const Source& source, int64_t first, int64_t count, int64_t padded,
                int64_t width) {
   for (int64_t i = 0; i < padded; ++i) {
     for (int64_t w = 0; w * elements<Word> < width; w += lanes<float>) {
@@ -154,16 +136,20 @@ void pack_rows(const Matrix<Word>& out, const Sequence<const T>& source, int64_t
 }
 
 // The transpose: row w holds word w of every position. Columns from `count` to the next whole vector are zeros.
-template <class Word, class T>
-void pack_columns(const Matrix<Word>& out, const Sequence<const T>& source, int64_t first, int64_t count,
-                  int64_t width) {
+template <class Word, class Source>
+void pack_columns(const Matrix<Word>& out, const Source& source, int64_t first, int64_t count, int64_t width) {
+  constexpr int64_t ahead = 64;
   const int64_t depth = ceil_div(width, elements<Word>);
   for (int64_t i = 0; i < count; i += lanes<float>) {
     for (int64_t w = 0; w < depth; w += lanes<float>) {
       U32 square[lanes<float>];
       for (int64_t t = 0; t < lanes<float>; ++t) {
         Words<Word> words{};
-        if (i + t < count) words_along(words, source, first + i + t, w, width);
+        if (i + t < count) {
+          // sixteen rows at once are more than the processor fetches ahead by itself
+          __builtin_prefetch(source.row(first + i + t) + (w + ahead) * elements<Word>);
+          words_along(words, source, first + i + t, w, width);
+        }
         bit_copy(square[t], words);
       }
       transpose(square);
@@ -175,8 +161,8 @@ void pack_columns(const Matrix<Word>& out, const Sequence<const T>& source, int6
 }
 
 // Row r holds columns 0 .. width of the positions that make up word r. Rows up to `padded` positions are zeros.
-template <class Word, class T>
-void pack_pairs(const Matrix<Word>& out, const Sequence<const T>& source, int64_t first, int64_t count, int64_t padded,
+template <class Word, class Source>
+void pack_pairs(const Matrix<Word>& out, const Source& source, int64_t first, int64_t count, int64_t padded,
                 int64_t width) {
   for (int64_t i = 0; i < padded; i += elements<Word>) {
     for (int64_t n = 0; n < width; n += lanes<float>) {
@@ -188,9 +174,8 @@ void pack_pairs(const Matrix<Word>& out, const Sequence<const T>& source, int64_
 }
 
 // Its transpose: row n holds column n of all positions. Words past `count` positions are zeros.
-template <class Word, class T>
-void pack_pair_columns(const Matrix<Word>& out, const Sequence<const T>& source, int64_t first, int64_t count,
-                       int64_t width) {
+template <class Word, class Source>
+void pack_pair_columns(const Matrix<Word>& out, const Source& source, int64_t first, int64_t count, int64_t width) {
   for (int64_t i = 0; i < count; i += lanes<float> * elements<Word>) {
     for (int64_t n = 0; n < width; n += lanes<float>) {
       U32 square[lanes<float>];

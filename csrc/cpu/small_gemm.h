@@ -46,18 +46,22 @@ void multiply_tile(const Word* a, int64_t a_stride, const Word* b, int64_t b_str
   }
 }
 
+// The tile of `vectors` vectors, at most panel_vectors.
+template <class Word>
+auto tile_of(int64_t vectors) {
+  if constexpr (panel_vectors == 4) {
+    if (vectors == 3) return &multiply_tile<3, Word>;
+    if (vectors == 2) return &multiply_tile<2, Word>;
+  }
+  return vectors == 1 ? &multiply_tile<1, Word> : &multiply_tile<panel_vectors, Word>;
+}
+
 // C's rows are a multiple of tile_rows, its columns whole vectors.
 template <class Word>
 void multiply(const Matrix<Word>& a, const Matrix<Word>& b, int64_t depth, float alpha, bool accumulate, float* c,
               int64_t c_stride, int64_t rows, int64_t columns) {
   for (int64_t n = 0; n < columns; n += panel_width) {
-    const int64_t vectors = (columns - n) / lanes<float>;
-    auto tile = &multiply_tile<panel_vectors, Word>;
-    if (vectors == 1) tile = &multiply_tile<1, Word>;
-    if constexpr (panel_vectors == 4) {
-      if (vectors == 2) tile = &multiply_tile<2, Word>;
-      if (vectors == 3) tile = &multiply_tile<3, Word>;
-    }
+    const auto tile = tile_of<Word>(least(panel_width, columns - n) / lanes<float>);
     for (int64_t r = 0; r < rows; r += tile_rows) {
       tile(a.at(r, 0), a.stride, b.at(0, n), b.stride, depth, alpha, accumulate, c + r * c_stride + n, c_stride);
     }

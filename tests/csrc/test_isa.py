@@ -20,7 +20,7 @@ from torch import Tensor
 
 HERE = Path(__file__).resolve().parent
 HEADERS = HERE.parents[1] / "csrc" / "cpu"
-ISAS = ("baseline", "avx2", "avx512")
+ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
 HALF_TYPES = (torch.bfloat16, torch.float16)
 
 

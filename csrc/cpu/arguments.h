@@ -1,0 +1,76 @@
+// What the CPU ops do with their arguments before a kernel sees them.
+#pragma once
+
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
+
+#include <algorithm>
+#include <memory>
+#include <new>
+#include <string>
+#include <vector>
+
+namespace beit3_fast::cpu {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+
+inline std::string shape_of(const Tensor& tensor) {
+  std::string text = "(";
+  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d > 0 ? ", " : "") + std::to_string(tensor.size(d));
+  return text + ")";
+}
+
+// Rows [offsets[e], offsets[e + 1]) are expert e's.
+inline std::vector<int64_t> read_offsets(const Tensor& expert_offsets, int64_t experts, int64_t rows) {
+  STD_TORCH_CHECK(expert_offsets.scalar_type() == ScalarType::Int, "expert_offsets must be int32, got ",
+                  expert_offsets.scalar_type());
+  STD_TORCH_CHECK(expert_offsets.dim() == 1 && expert_offsets.size(0) == experts + 1,
+                  "expert_offsets must have shape (", experts + 1, ",), one more than weight has experts, got ",
+                  shape_of(expert_offsets));
+  const Tensor contiguous = torch::stable::contiguous(expert_offsets);
+  const int32_t* first = contiguous.const_data_ptr<int32_t>();
+  std::vector<int64_t> offsets(first, first + contiguous.numel());
+  STD_TORCH_CHECK(offsets.front() == 0, "expert_offsets must begin with 0, got ", offsets.front());
+  STD_TORCH_CHECK(std::is_sorted(offsets.begin(), offsets.end()), "expert_offsets must not decrease");
+  STD_TORCH_CHECK(offsets.back() <= rows, "expert_offsets must end at or before the ", rows, " rows of x, got ",
+                  offsets.back());
+  return offsets;
+}
+
+inline Tensor converted(const Tensor& tensor, ScalarType dtype) {
+  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
+}
+
+// Rows may lie apart from each other, the elements of one may not.
+inline Tensor with_dense_rows(const Tensor& tensor) {
+  return tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
+}
+
+// Memory that no vector load at a multiple of its size splits between two cache lines.
+class Scratch {
+ public:
+  explicit Scratch(int64_t bytes) : data_(::operator new(bytes, alignment)) {}
+  ~Scratch() { ::operator delete(data_, alignment); }
+  Scratch(const Scratch&) = delete;
+  Scratch& operator=(const Scratch&) = delete;
+
+  template <class T = void>
+  T* get() const {
+    return static_cast<T*>(data_);
+  }
+
+ private:
+  static constexpr std::align_val_t alignment{64};
+  void* data_;
+};
+
+}  // namespace beit3_fast::cpu
+
+// The copy of a kernel for a type and this processor.
+#define BEIT3_KERNEL_OF(KERNEL, DTYPE)                                          \
+  ((DTYPE) == ScalarType::Float      ? BEIT3_AT(native_isa(), KERNEL<float>)    \
+   : (DTYPE) == ScalarType::BFloat16 ? BEIT3_AT(native_isa(), KERNEL<bfloat16>) \
+                                     : BEIT3_AT(native_isa(), KERNEL<float16>))

@@ -1,0 +1,57 @@
+// What linear.cpp and its kernels agree on; knows nothing of torch.
+#pragma once
+
+#include <cstdint>
+
+namespace beit3_fast {
+
+// Rows of elements, dense in themselves, in the order of `index` if there is one.
+struct RowSource {
+  const void* data;
+  int64_t stride;  // elements from row to row
+  const int64_t* index;
+
+  template <class T>
+  const T* row(int64_t r) const {
+    return static_cast<const T*>(data) + (index == nullptr ? r : index[r]) * stride;
+  }
+};
+
+// C = A B, then for each element: + bias, GELU, + residual. One expert's part of a linear layer or of its gradients.
+struct Product {
+  int64_t rows, columns, depth;
+  RowSource a;  // C's rows are rows of a, or its columns if across
+  RowSource b;  // C's columns are rows of b, or its columns if across
+  bool a_across, b_across;
+  bool a_direct;     // the kernel may read a where it lies
+  const void* bias;  // of each column, of the operands' type; or null
+  bool gelu;
+  void* pre;             // what GELU is applied to, in the operands' type; or null
+  const void* residual;  // of C's type; or null
+  void* out;
+  int64_t out_stride;        // of pre, residual and out
+  const int64_t* out_index;  // row of out, pre and residual for each row of C; or null
+
+  int64_t out_row(int64_t r) const { return (out_index == nullptr ? r : out_index[r]) * out_stride; }
+};
+
+// A rectangle of C that one thread computes in one go.
+struct ProductTask {
+  const Product* product;
+  int64_t row, rows, column, columns;
+  int64_t cost;  // of this task and all before it
+};
+
+// Rows of A that are packed at once where it cannot be read where it lies.
+constexpr int64_t packed_rows = 96;
+
+// Up to this many rows, B is read where it lies: bringing it into panels would cost more than the products.
+constexpr int64_t few_rows = 48;
+
+// Bytes of scratch that a task needs.
+inline int64_t product_scratch(int64_t depth) {
+  constexpr int64_t widest_panel = 64, tile_rows = 6;
+  return 4 * ((depth + 1) * widest_panel + packed_rows * (depth + 2 * widest_panel) + tile_rows * widest_panel);
+}
+
+}  // namespace beit3_fast

@@ -1,0 +1,198 @@
+// A linear layer's products, epilogue included. Included through foreach_isa.h, once for each instruction set: no
+// include guard.
+#include "exp.h"
+#include "gelu.h"
+#include "pack.h"
+#include "small_gemm.h"
+
+// What one multiply-add of a lane takes from rows of T.
+#ifdef BEIT3_BFLOAT16_DOT
+template <class T>
+using WordOf = std::conditional_t<std::is_same_v<T, bfloat16>, bfloat16_pair, float>;
+#else
+template <class T>
+using WordOf = float;
+#endif
+
+BEIT3_INLINE void multiply_add(F32& sum, const F32& a, const F32& b) { sum += a * b; }
+
+#ifdef BEIT3_BFLOAT16_DOT
+BEIT3_INLINE void multiply_add(F32& sum, const U32& a, const U32& b) {
+  sum = (F32)_mm512_dpbf16_ps((__m512)sum, (__m512bh)a, (__m512bh)b);
+}
+#endif
+
+template <class T>
+BEIT3_INLINE void load_words(F32& out, const T* from) {
+  load(out, from);
+}
+
+BEIT3_INLINE void load_words(U32& out, const bfloat16* from) { std::memcpy(&out, from, sizeof(out)); }
+
+// Rows with their type, as pack.h reads them, from column `first` on.
+template <class T>
+struct TypedRows {
+  const RowSource& source;
+  int64_t first = 0;
+
+  BEIT3_INLINE const T* row(int64_t r) const { return source.row<T>(r) + first; }
+};
+
+template <class T>
+BEIT3_INLINE void store_up_to(T* to, const F32& value, int64_t count) {
+  if (count >= lanes<float>) {
+    store(to, value);
+  } else {
+    store_partial(to, value, count);
+  }
+}
+
+// Takes rows `row` and following of C, `columns` columns from `column` on, out of a tile of sums.
+template <class T, class Out>
+void finish(const Product& p, int64_t row, int64_t rows, int64_t column, int64_t columns, const float* tile) {
+  const T* const bias = static_cast<const T*>(p.bias);
+  for (int64_t r = 0; r < rows; ++r) {
+    const int64_t at = p.out_row(row + r) + column;
+    for (int64_t n = 0; n < columns; n += lanes<float>) {
+      const int64_t count = columns - n;
+      F32 value, other;
+      load(value, tile + r * panel_width + n);
+      if (bias != nullptr) {
+        load_up_to(other, bias + column + n, count);
+        value += other;
+      }
+      if (p.pre != nullptr) store_up_to(static_cast<T*>(p.pre) + at + n, value, count);
+      if (p.gelu) {
+        other = value;
+        gelu(value, other);
+      }
+      if (p.residual != nullptr) {
+        load_up_to(other, static_cast<const Out*>(p.residual) + at + n, count);
+        value += other;
+      }
+      store_up_to(static_cast<Out*>(p.out) + at + n, value, count);
+    }
+  }
+}
+
+// Sums of few rows: each word of B is used where it is found, for six rows at a time.
+template <class Word, class T>
+void multiply_few(const Matrix<Word>& a, const TypedRows<T>& b, int64_t column, int64_t columns, int64_t width,
+                  float* tile) {
+  constexpr int64_t together = 4;
+  constexpr int64_t step = lanes<float> * elements<Word>;
+  const int64_t whole = width / step * step;
+  for (int64_t n = 0; n < columns; n += together) {
+    const T* from[together];
+    for (int64_t c = 0; c < together; ++c) from[c] = b.row(column + n + (n + c < columns ? c : 0));
+    F32 sum[tile_rows][together] = {};
+    const auto add = [&](const Words<Word>(&right)[together], int64_t at) __attribute__((always_inline)) {
+#pragma GCC unroll 6
+      for (int64_t r = 0; r < tile_rows; ++r) {
+        Words<Word> left;
+        std::memcpy(&left, a.data + r * a.stride + at / elements<Word>, sizeof(left));
+#pragma GCC unroll 4
+        for (int64_t c = 0; c < together; ++c) multiply_add(sum[r][c], left, right[c]);
+      }
+    };
+    Words<Word> right[together];
+    for (int64_t at = 0; at < whole; at += step) {
+#pragma GCC unroll 4
+      for (int64_t c = 0; c < together; ++c) {
+        __builtin_prefetch(from[c] + together * width + at);  // all of b passes by once: memory is the limit
+        load_words(right[c], from[c] + at);
+      }
+      add(right, at);
+    }
+    if (whole < width) {
+      for (int64_t c = 0; c < together; ++c) {
+        words_along(right[c], b, column + n + (n + c < columns ? c : 0), whole / elements<Word>, width);
+      }
+      add(right, whole);
+    }
+#pragma GCC unroll 6
+    for (int64_t r = 0; r < tile_rows; ++r) {
+#pragma GCC unroll 4
+      for (int64_t c = 0; c < together; ++c) tile[r * panel_width + n + c] = sum_lanes<float>(sum[r][c]);
+    }
+  }
+}
+
+// One task; `scratch` has product_scratch(depth) bytes.
+template <class T, class Out>
+void product(const ProductTask& task, void* scratch) {
+  using Word = WordOf<T>;
+  const Product& p = *task.product;
+  const TypedRows<T> source_a{p.a}, source_b{p.b};
+  const int64_t depth = ceil_div(p.depth, elements<Word>);
+  const int64_t left_stride = round_up(depth, lanes<float>);
+  const Matrix<Word> panel = panels_matrix(static_cast<Word*>(scratch), depth);
+  const Matrix<Word> left = rows_matrix(panel.data + depth * panel_width, left_stride);
+  float* const tile = reinterpret_cast<float*>(left.data + packed_rows * left_stride);
+  const bool few = p.rows <= few_rows && !p.a_across && !p.b_across;
+  const bool direct = p.a_direct && !few;
+
+  const int64_t chunk = direct ? task.rows : packed_rows;
+  for (int64_t done = 0; done < task.rows; done += chunk) {
+    const int64_t row = task.row + done;
+    const int64_t rows = least(chunk, task.rows - done);
+    const int64_t padded = round_up(rows, tile_rows);
+    const int64_t whole = direct ? rows / tile_rows * tile_rows : 0;  // rows of a that are read where they lie
+    if (p.a_across) {
+      pack_pair_columns(left, TypedRows<T>{p.a, row}, 0, p.depth, rows);
+    } else if (whole < rows) {
+      pack_rows(left, source_a, row + whole, rows - whole, padded - whole, p.depth);
+    }
+    for (int64_t column = task.column; column < task.column + task.columns; column += panel_width) {
+      const int64_t columns = least(panel_width, task.column + task.columns - column);
+      if (few) {
+        for (int64_t r = 0; r < rows; r += tile_rows) {
+          multiply_few(left.from_row(r), source_b, column, columns, p.depth, tile);
+          finish<T, Out>(p, row + r, least(tile_rows, rows - r), column, columns, tile);
+        }
+        continue;
+      }
+      if (p.b_across) {
+        pack_pairs(panel, TypedRows<T>{p.b, column}, 0, p.depth, p.depth, columns);
+      } else {
+        pack_columns(panel, source_b, column, columns, p.depth);
+      }
+      const auto multiply = tile_of<Word>(ceil_div(columns, lanes<float>));
+      for (int64_t r = 0; r < rows; r += tile_rows) {
+        const bool lies = r < whole;
+        const Word* const from = lies ? reinterpret_cast<const Word*>(source_a.row(row + r)) : left.at(r - whole, 0);
+        const int64_t stride = lies ? p.a.stride / elements<Word> : left_stride;
+        multiply(from, stride, panel.data, panel_width, depth, 1.0f, false, tile, panel_width);
+        finish<T, Out>(p, row + r, least(tile_rows, rows - r), column, columns, tile);
+      }
+    }
+  }
+}
+
+// out[i] = dy[i] * gelu'(pre[i])
+template <class T>
+void gelu_gradient(const void* dy, const void* pre, void* out, int64_t count) {
+  for (int64_t i = 0; i < count; i += lanes<float>) {
+    F32 gradient, x, slope;
+    load_up_to(gradient, static_cast<const T*>(dy) + i, count - i);
+    load_up_to(x, static_cast<const T*>(pre) + i, count - i);
+    gelu_derivative(slope, x);
+    store_up_to(static_cast<T*>(out) + i, gradient * slope, count - i);
+  }
+}
+
+// out[n] = the sum of column n of `rows` rows, for `columns` columns; four sums of every fourth row, so that an
+// addition need not wait for the one before it.
+template <class T>
+void sum_rows(const RowSource& source, int64_t rows, int64_t column, int64_t columns, void* out) {
+  for (int64_t n = column; n < column + columns; n += lanes<float>) {
+    const int64_t count = column + columns - n;
+    F32 sum[4] = {};
+    for (int64_t r = 0; r < rows; ++r) {
+      F32 value;
+      load_up_to(value, source.row<T>(r) + n, count);
+      sum[r % 4] += value;
+    }
+    store_up_to(static_cast<T*>(out) + n, (sum[0] + sum[1]) + (sum[2] + sum[3]), count);
+  }
+}
