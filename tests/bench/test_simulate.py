@@ -33,7 +33,7 @@ def test_counts(batch: int, target: int, operations: float, loop: float, with_ge
         assert item.sectors >= 0.95, what
         assert item.banks <= 1.05, what
         if item.call.startswith("attention"):
-            assert item.operations is None or 1.0 <= item.operations <= 1.3, what
+            assert item.operations is None or 1.0 <= round(item.operations, 2) <= 1.3, what
         elif item.kernel == "decode":  # 6 queries in tiles of 16: what counts is that keys are read once
             assert item.traffic <= 1.3, what
         elif item.operations is not None and item.kernel != "weight_gradient":
