@@ -118,7 +118,13 @@ def _fake(
 
 
 def _backward_forward(
-    dy: Tensor, total: Tensor, weight: Tensor, expert_offsets: Tensor, mean: Tensor, rstd: Tensor
+    dy: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dresidual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     stats_dtype = mean.dtype
     dx = torch.zeros_like(total, memory_format=torch.contiguous_format)
@@ -135,11 +141,19 @@ def _backward_forward(
             [True, True, True],
         )
         dx[rows], dweight[expert], dbias[expert] = dx_piece, dw_piece, db_piece
+    if dresidual is not None:
+        dx += dresidual
     return dx, dweight.clone(), dbias.clone()
 
 
 def _backward_fake(
-    dy: Tensor, total: Tensor, weight: Tensor, expert_offsets: Tensor, mean: Tensor, rstd: Tensor
+    dy: Tensor,
+    total: Tensor,
+    weight: Tensor,
+    expert_offsets: Tensor,
+    mean: Tensor,
+    rstd: Tensor,
+    dresidual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     return total.new_empty(total.shape), weight.new_empty(weight.shape), weight.new_empty(weight.shape)
 
@@ -151,8 +165,8 @@ _layer_norm = _library.define(
     _fake,
 )
 _layer_norm_backward = _library.define(
-    "layer_norm_backward(Tensor dy, Tensor total, Tensor weight, Tensor expert_offsets, Tensor mean, Tensor rstd)"
-    " -> (Tensor dtotal, Tensor dweight, Tensor dbias)",
+    "layer_norm_backward(Tensor dy, Tensor total, Tensor weight, Tensor expert_offsets, Tensor mean, Tensor rstd,"
+    " Tensor? dresidual=None) -> (Tensor dtotal, Tensor dweight, Tensor dbias)",
     _backward_forward,
     _backward_fake,
 )
@@ -170,8 +184,9 @@ def _backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Any) -> tu
     x_dtype, residual_dtype, bias_dtype = ctx.dtypes
     dweight = dbias = None
     if dy is not None:
-        through_norm, dweight, dbias = _layer_norm_backward(dy, total, weight, expert_offsets, mean, rstd)
-        dtotal = through_norm if dtotal is None or residual_dtype is None else dtotal + through_norm
+        # the gradient of total itself is added where that through the norm is made
+        dresidual = None if residual_dtype is None else dtotal
+        dtotal, dweight, dbias = _layer_norm_backward(dy, total, weight, expert_offsets, mean, rstd, dresidual)
         dbias = dbias.to(bias_dtype)
     dx = None if dtotal is None else dtotal.to(x_dtype)
     dresidual = None if dtotal is None or residual_dtype is None else dtotal.to(residual_dtype)
