@@ -14,13 +14,20 @@ from .ops._triton import unsupported
 from .tuning import cache_file
 
 _OPS = ("layer_norm", "multiway_linear", "multiway_ffn", "attention", "decode_attention", "route_tokens")
-
-
 _TRITON = ("multiway_linear", "multiway_ffn", "attention", "decode_attention", "route_tokens")
 
 
+_COMPILED = {
+    "multiway_linear": "multiway_linear_cpu",
+    "multiway_ffn": "multiway_linear_cpu",
+    "attention": "attention_cpu",
+}
+"""What an op calls on the CPU that the library may have compiled; the others are registered under their own name."""
+
+
 def _served_by(op: str, device: str) -> str:
-    if torch._C._dispatch_has_kernel_for_dispatch_key(f"beit3_fast::{op}", device.upper()):
+    name = _COMPILED.get(op, op) if device == "cpu" else op
+    if torch._C._dispatch_has_kernel_for_dispatch_key(f"beit3_fast::{name}", device.upper()):
         return "compiled"
     if device == "cuda" and op in _TRITON and unsupported(0) is None:
         return "Triton"

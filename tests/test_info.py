@@ -19,6 +19,11 @@ import torch
 import beit3_fast
 from beit3_fast import _extension, _info
 
+COMPILED = {
+    "multiway_linear": "multiway_linear_cpu",
+    "multiway_ffn": "multiway_linear_cpu",
+    "attention": "attention_cpu",
+}
 TRITON = ("multiway_linear", "multiway_ffn", "attention", "route_tokens")
 OPS = ("layer_norm", "multiway_linear", "multiway_ffn", "attention", "route_tokens")
 
