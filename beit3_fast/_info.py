@@ -67,6 +67,6 @@ def info() -> None:
     for part, record in _extension.status().items():
         print(f"  compiled {part} library: {'loaded' if record.loaded else 'not loaded'}: {record.reason}")
     print(f"  Triton kernels {_triton()}")
-    print(f"  {'op':<16} {'on CPU':<15} on GPU")
+    print(f"  {'op':<17} {'on CPU':<15} on GPU")
     for op in _OPS:
-        print(f"  {op:<16} {_served_by(op, 'cpu'):<15} {_served_by(op, 'cuda')}")
+        print(f"  {op:<17} {_served_by(op, 'cpu'):<15} {_served_by(op, 'cuda')}")

@@ -24,8 +24,8 @@ COMPILED = {
     "multiway_ffn": "multiway_linear_cpu",
     "attention": "attention_cpu",
 }
-TRITON = ("multiway_linear", "multiway_ffn", "attention", "route_tokens")
-OPS = ("layer_norm", "multiway_linear", "multiway_ffn", "attention", "route_tokens")
+TRITON = ("multiway_linear", "multiway_ffn", "attention", "decode_attention", "route_tokens")
+OPS = ("layer_norm", "multiway_linear", "multiway_ffn", "attention", "decode_attention", "route_tokens")
 
 
 def printed(capsys: pytest.CaptureFixture[str]) -> str:
@@ -54,7 +54,8 @@ def test_every_op_and_what_serves_it(capsys: pytest.CaptureFixture[str]) -> None
         served = re.split(r"\s{2,}", lines[op].strip())
         assert len(served) == 3, lines[op]  # the op, on CPU, on GPU
         for device, by in zip(("CPU", "CUDA"), served[1:], strict=True):
-            compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"beit3_fast::{op}", device)
+            name = COMPILED.get(op, op) if device == "CPU" else op
+            compiled = torch._C._dispatch_has_kernel_for_dispatch_key(f"beit3_fast::{name}", device)
             triton = device == "CUDA" and op in TRITON and find_spec("triton") is not None
             assert by == ("compiled" if compiled else "Triton" if triton else "plain PyTorch")
 

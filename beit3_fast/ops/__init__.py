@@ -1,7 +1,7 @@
 """The operations of a BEiT-3 layer, each beside its plain PyTorch reference."""
 
 from .attention import attention, attention_reference
-from .decode_attention import decode_attention
+from .decode_attention import decode_attention, decode_attention_reference
 from .layer_norm import layer_norm, layer_norm_reference
 from .multiway_ffn import fold_norm, multiway_ffn, multiway_ffn_reference
 from .multiway_linear import multiway_linear, multiway_linear_reference
@@ -11,6 +11,7 @@ __all__ = [
     "attention",
     "attention_reference",
     "decode_attention",
+    "decode_attention_reference",
     "fold_norm",
     "layer_norm",
     "layer_norm_reference",

@@ -78,8 +78,24 @@ def decode_attention(
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
     scale = heads[1] ** -0.5 if scale is None else float(scale)
-    arguments = (qkv, prefix, layout.segments, words, history, length, scale, layout.width)
-    return _forward(*arguments) if current_backend() == "reference" else _decode_attention(*arguments)
+    if current_backend() == "reference":
+        return decode_attention_reference(qkv, prefix, layout, words, history, length, scale=scale)
+    return _decode_attention(qkv, prefix, layout.segments, words, history, length, scale, layout.width)
+
+
+def decode_attention_reference(
+    qkv: Tensor,
+    prefix: Tensor,
+    layout: TokenLayout,
+    words: Tensor,
+    history: Tensor,
+    length: int,
+    *,
+    scale: float | None = None,
+) -> Tensor:
+    """:func:`decode_attention` in plain PyTorch: per sample, scores and probabilities in memory."""
+    scale = qkv.shape[3] ** -0.5 if scale is None else scale
+    return _forward(qkv, prefix, layout.segments, words, history, length, scale, layout.width)
 
 
 def _forward(

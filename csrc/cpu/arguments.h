@@ -53,18 +53,18 @@ inline Tensor with_dense_rows(const Tensor& tensor) {
 class Scratch {
  public:
   explicit Scratch(int64_t bytes) : data_(::operator new(bytes, alignment)) {}
-  ~Scratch() { ::operator delete(data_, alignment); }
-  Scratch(const Scratch&) = delete;
-  Scratch& operator=(const Scratch&) = delete;
 
   template <class T = void>
   T* get() const {
-    return static_cast<T*>(data_);
+    return static_cast<T*>(data_.get());
   }
 
  private:
   static constexpr std::align_val_t alignment{64};
-  void* data_;
+  struct Free {
+    void operator()(void* data) const { ::operator delete(data, alignment); }
+  };
+  std::unique_ptr<void, Free> data_;
 };
 
 }  // namespace beit3_fast::cpu

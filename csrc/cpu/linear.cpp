@@ -61,13 +61,15 @@ Kernel kernel_of(ScalarType operands, ScalarType out, Isa isa) {
   return wide ? BEIT3_AT(isa, product<float16, float>) : BEIT3_AT(isa, product<float16, float16>);
 }
 
+// Whether two neighbours along the depth are one word of the multiply-adds.
+bool in_pairs(ScalarType operands) { return operands == ScalarType::BFloat16 && native_isa() == Isa::avx512_bf16; }
+
 // Whether the multiply-adds take rows of a as they lie in memory.
-bool is_direct(const Product& p, ScalarType operands, Isa isa) {
-  if (p.a_across || p.a.index != nullptr) return false;
+bool in_place(const Product& p, ScalarType operands) {
+  if (p.a_across || p.a.index != nullptr || p.rows <= few_rows) return false;
   if (operands == ScalarType::Float) return true;
-  const auto address = reinterpret_cast<uintptr_t>(p.a.data);
-  return operands == ScalarType::BFloat16 && isa == Isa::avx512_bf16 && p.depth % 2 == 0 && p.a.stride % 2 == 0 &&
-         address % 4 == 0;
+  return in_pairs(operands) && p.depth % 2 == 0 && p.a.stride % 2 == 0 &&
+         reinterpret_cast<uintptr_t>(p.a.data) % 4 == 0;
 }
 
 void check_operands(const Tensor& tensor, const char* name, ScalarType dtype) {
@@ -81,43 +83,50 @@ void check_dtype(const Tensor& x) {
                   "x must be float32, bfloat16 or float16, got ", dtype);
 }
 
+// Brings a into the form of the multiply-adds, once for all tasks.
+Scratch pack(Product& p, ScalarType operands) {
+  p.packed_stride = packed_stride_of(in_pairs(operands) ? (p.depth + 1) / 2 : p.depth);
+  Scratch packed(packed_rows_of(p.rows) * p.packed_stride * 4);
+  p.packed = packed.get();
+  const auto kernel = BEIT3_KERNEL_OF(pack_left, operands);
+  const int64_t bands = (p.rows + panel - 1) / panel;  // of columns of a, if across: whole vectors
+  const int64_t grain = std::max<int64_t>(1, elements_per_thread / std::max<int64_t>(1, p.depth * panel));
+  torch::stable::parallel_for(0, bands, grain, [&](int64_t begin, int64_t end) {
+    kernel(p, begin * panel, std::min(end * panel, p.rows) - begin * panel);
+  });
+  return packed;
+}
+
 // Cuts products into tasks and runs them. An element of C is one thread's, and its sum has one order: results do not
 // depend on the number of threads.
 void run(std::vector<Product> products, ScalarType operands, ScalarType out) {
-  const Isa isa = native_isa();
-  const Kernel kernel = kernel_of(operands, out, isa);
+  std::vector<Scratch> packed;
   int64_t total = 0, deepest = 0;
   for (Product& p : products) {
-    p.a_direct = is_direct(p, operands, isa);
-    total += p.rows * p.columns * p.depth;
+    total += p.rows * p.columns * std::max<int64_t>(p.depth, 1);
     deepest = std::max(deepest, p.depth);
+    if (!in_place(p, operands)) packed.push_back(pack(p, operands));
   }
-  if (total == 0 && deepest > 0) return;
+  if (total == 0) return;
   const int64_t threads =
       std::clamp<int64_t>(total / work_per_thread, 1, static_cast<int64_t>(torch::stable::get_num_threads()));
 
   std::vector<ProductTask> tasks;
   int64_t cost = 0;
   for (const Product& p : products) {
-    // Where a is read as it lies, a task is a panel of b and as many rows as leave every thread several tasks: each
-    // task brings its panel into order anew. Where a is packed, it is all columns, for the same reason.
+    // A panel of b and as many rows as leave every thread several tasks: each brings its panel into order anew.
     const int64_t panels = (p.columns + panel - 1) / panel;
-    int64_t task_rows = packed_rows, task_columns = p.columns;
-    if (p.a_direct && p.rows > few_rows) {
-      const int64_t cuts = std::clamp<int64_t>(4 * threads / std::max<int64_t>(panels, 1), 1, p.rows / 48 + 1);
-      task_rows = (p.rows + cuts - 1) / cuts;
-      task_columns = panel;
-    } else if (p.rows <= packed_rows) {
-      task_columns = (panels + 4 * threads - 1) / (4 * threads) * panel;
-    }
-    for (int64_t column = 0; column < p.columns; column += task_columns) {
-      for (int64_t row = 0; row < p.rows; row += task_rows) {
-        const int64_t rows = std::min(task_rows, p.rows - row), columns = std::min(task_columns, p.columns - column);
+    const int64_t cuts = std::clamp<int64_t>(4 * threads / std::max<int64_t>(panels, 1), 1, p.rows / few_rows + 1);
+    const int64_t most = packed_rows_of((p.rows + cuts - 1) / cuts);
+    for (int64_t column = 0; column < p.columns; column += panel) {
+      for (int64_t row = 0; row < p.rows; row += most) {
+        const int64_t rows = std::min(most, p.rows - row), columns = std::min(panel, p.columns - column);
         cost += rows * columns * std::max<int64_t>(p.depth, 1);
         tasks.push_back({&p, row, rows, column, columns, cost});
       }
     }
   }
+  const Kernel kernel = kernel_of(operands, out, native_isa());
   const auto first_of = [&](int64_t share) {
     const auto before = [](const ProductTask& task, int64_t sum) { return task.cost <= sum; };
     return std::lower_bound(tasks.begin(), tasks.end(), cost / threads * share, before);

@@ -23,7 +23,6 @@ struct Product {
   RowSource a;  // C's rows are rows of a, or its columns if across
   RowSource b;  // C's columns are rows of b, or its columns if across
   bool a_across, b_across;
-  bool a_direct;     // the kernel may read a where it lies
   const void* bias;  // of each column, of the operands' type; or null
   bool gelu;
   void* pre;             // what GELU is applied to, in the operands' type; or null
@@ -31,6 +30,11 @@ struct Product {
   void* out;
   int64_t out_stride;        // of pre, residual and out
   const int64_t* out_index;  // row of out, pre and residual for each row of C; or null
+
+  // C's rows as the multiply-adds take them, whole tiles of them, `packed_stride` words apart; null: a is read in
+  // place.
+  void* packed;
+  int64_t packed_stride;
 
   int64_t out_row(int64_t r) const { return (out_index == nullptr ? r : out_index[r]) * out_stride; }
 };
@@ -42,16 +46,20 @@ struct ProductTask {
   int64_t cost;  // of this task and all before it
 };
 
-// Rows of A that are packed at once where it cannot be read where it lies.
-constexpr int64_t packed_rows = 96;
-
 // Up to this many rows, B is read where it lies: bringing it into panels would cost more than the products.
 constexpr int64_t few_rows = 48;
 
-// Bytes of scratch that a task needs.
+constexpr int64_t product_tile_rows = 6, widest_panel = 64, widest_vector = 16;  // of every instruction set
+
+inline int64_t packed_stride_of(int64_t words) { return (words + widest_vector - 1) / widest_vector * widest_vector; }
+
+inline int64_t packed_rows_of(int64_t rows) {
+  return (rows + product_tile_rows - 1) / product_tile_rows * product_tile_rows;
+}
+
+// Bytes of scratch that a task needs: a panel of b, the rows of a at its end, a tile of sums.
 inline int64_t product_scratch(int64_t depth) {
-  constexpr int64_t widest_panel = 64, tile_rows = 6;
-  return 4 * ((depth + 1) * widest_panel + packed_rows * (depth + 2 * widest_panel) + tile_rows * widest_panel);
+  return 4 * ((depth + 1) * widest_panel + product_tile_rows * (packed_stride_of(depth) + widest_panel));
 }
 
 }  // namespace beit3_fast

@@ -118,6 +118,18 @@ void multiply_few(const Matrix<Word>& a, const TypedRows<T>& b, int64_t column, 
   }
 }
 
+// Rows [row, row + rows) of C's left operand into p.packed.
+template <class T>
+void pack_left(const Product& p, int64_t row, int64_t rows) {
+  using Word = WordOf<T>;
+  const Matrix<Word> left = rows_matrix(static_cast<Word*>(p.packed), p.packed_stride).from_row(row);
+  if (p.a_across) {
+    pack_pair_columns(left, TypedRows<T>{p.a, row}, 0, p.depth, rows);
+  } else {
+    pack_rows(left, TypedRows<T>{p.a}, row, rows, rows, p.depth);
+  }
+}
+
 // One task; `scratch` has product_scratch(depth) bytes.
 template <class T, class Out>
 void product(const ProductTask& task, void* scratch) {
@@ -125,46 +137,34 @@ void product(const ProductTask& task, void* scratch) {
   const Product& p = *task.product;
   const TypedRows<T> source_a{p.a}, source_b{p.b};
   const int64_t depth = ceil_div(p.depth, elements<Word>);
-  const int64_t left_stride = round_up(depth, lanes<float>);
   const Matrix<Word> panel = panels_matrix(static_cast<Word*>(scratch), depth);
-  const Matrix<Word> left = rows_matrix(panel.data + depth * panel_width, left_stride);
-  float* const tile = reinterpret_cast<float*>(left.data + packed_rows * left_stride);
-  const bool few = p.rows <= few_rows && !p.a_across && !p.b_across;
-  const bool direct = p.a_direct && !few;
+  const Matrix<Word> tail = rows_matrix(panel.data + depth * panel_width, round_up(depth, lanes<float>));
+  float* const tile = reinterpret_cast<float*>(tail.data + tile_rows * tail.stride);
 
-  const int64_t chunk = direct ? task.rows : packed_rows;
-  for (int64_t done = 0; done < task.rows; done += chunk) {
-    const int64_t row = task.row + done;
-    const int64_t rows = least(chunk, task.rows - done);
-    const int64_t padded = round_up(rows, tile_rows);
-    const int64_t whole = direct ? rows / tile_rows * tile_rows : 0;  // rows of a that are read where they lie
-    if (p.a_across) {
-      pack_pair_columns(left, TypedRows<T>{p.a, row}, 0, p.depth, rows);
-    } else if (whole < rows) {
-      pack_rows(left, source_a, row + whole, rows - whole, padded - whole, p.depth);
+  Matrix<Word> left = rows_matrix(static_cast<Word*>(p.packed), p.packed_stride).from_row(task.row);
+  int64_t whole = task.rows;  // rows of `left` in tiles; fewer than a tile are packed behind each other
+  if (p.packed == nullptr) {
+    left = rows_matrix(reinterpret_cast<Word*>(const_cast<T*>(source_a.row(task.row))), p.a.stride / elements<Word>);
+    whole = task.rows / tile_rows * tile_rows;
+    pack_rows(tail, source_a, task.row + whole, task.rows - whole, task.rows - whole, p.depth);
+  }
+  const bool few = p.rows <= few_rows && !p.a_across && !p.b_across;
+  for (int64_t column = task.column; column < task.column + task.columns; column += panel_width) {
+    const int64_t columns = least(panel_width, task.column + task.columns - column);
+    const auto multiply = tile_of<Word>(ceil_div(columns, lanes<float>));
+    if (p.b_across) {
+      pack_pairs(panel, TypedRows<T>{p.b, column}, 0, p.depth, p.depth, columns);
+    } else if (!few) {
+      pack_columns(panel, source_b, column, columns, p.depth);
     }
-    for (int64_t column = task.column; column < task.column + task.columns; column += panel_width) {
-      const int64_t columns = least(panel_width, task.column + task.columns - column);
+    for (int64_t r = 0; r < task.rows; r += tile_rows) {
+      const Matrix<Word> rows = r < whole ? left.from_row(r) : tail;
       if (few) {
-        for (int64_t r = 0; r < rows; r += tile_rows) {
-          multiply_few(left.from_row(r), source_b, column, columns, p.depth, tile);
-          finish<T, Out>(p, row + r, least(tile_rows, rows - r), column, columns, tile);
-        }
-        continue;
-      }
-      if (p.b_across) {
-        pack_pairs(panel, TypedRows<T>{p.b, column}, 0, p.depth, p.depth, columns);
+        multiply_few(rows, source_b, column, columns, p.depth, tile);
       } else {
-        pack_columns(panel, source_b, column, columns, p.depth);
+        multiply(rows.data, rows.stride, panel.data, panel_width, depth, 1.0f, false, tile, panel_width);
       }
-      const auto multiply = tile_of<Word>(ceil_div(columns, lanes<float>));
-      for (int64_t r = 0; r < rows; r += tile_rows) {
-        const bool lies = r < whole;
-        const Word* const from = lies ? reinterpret_cast<const Word*>(source_a.row(row + r)) : left.at(r - whole, 0);
-        const int64_t stride = lies ? p.a.stride / elements<Word> : left_stride;
-        multiply(from, stride, panel.data, panel_width, depth, 1.0f, false, tile, panel_width);
-        finish<T, Out>(p, row + r, least(tile_rows, rows - r), column, columns, tile);
-      }
+      finish<T, Out>(p, task.row + r, least(tile_rows, task.rows - r), column, columns, tile);
     }
   }
 }

@@ -15,7 +15,7 @@ int native_isa() { return static_cast<int>(beit3_fast::native_isa()); }
 
 // dtype: 0 float32, 1 bfloat16, 2 float16; `wide`: C is float32. Returns whether the kernel stayed in its memory.
 bool product(int isa, int dtype, bool wide, int64_t rows, int64_t columns, int64_t depth, const void* a,
-             int64_t a_stride, const int64_t* a_index, bool a_across, bool a_direct, const void* b, int64_t b_stride,
+             int64_t a_stride, const int64_t* a_index, bool a_across, bool in_place, const void* b, int64_t b_stride,
              bool b_across, const void* bias, bool gelu, void* pre, const void* residual, void* out, int64_t out_stride,
              const int64_t* out_index) {
   Product p{};
@@ -26,7 +26,6 @@ bool product(int isa, int dtype, bool wide, int64_t rows, int64_t columns, int64
   p.b = {b, b_stride, nullptr};
   p.a_across = a_across;
   p.b_across = b_across;
-  p.a_direct = a_direct;
   p.bias = bias;
   p.gelu = gelu;
   p.pre = pre;
@@ -39,19 +38,44 @@ bool product(int isa, int dtype, bool wide, int64_t rows, int64_t columns, int64
                       : dtype == 1
                           ? (wide ? BEIT3_AT(at, product<bfloat16, float>) : BEIT3_AT(at, product<bfloat16, bfloat16>))
                           : (wide ? BEIT3_AT(at, product<float16, float>) : BEIT3_AT(at, product<float16, float16>));
-  const int64_t bytes = product_scratch(depth);
+  const auto pack = dtype == 0   ? BEIT3_AT(at, pack_left<float>)
+                    : dtype == 1 ? BEIT3_AT(at, pack_left<bfloat16>)
+                                 : BEIT3_AT(at, pack_left<float16>);
   constexpr int64_t guard = 4096;
-  char* const memory = static_cast<char*>(std::aligned_alloc(64, (bytes + guard + 63) / 64 * 64));
-  std::memset(memory, 0xff, bytes + guard);
-  const int64_t half = (columns / 2 + 63) / 64 * 64;  // two tasks, as two threads would take them
-  const ProductTask tasks[] = {{&p, 0, rows, 0, half < columns ? half : columns, 0},
-                               {&p, 0, rows, half, columns - half, 0}};
-  for (const ProductTask& task : tasks) {
-    if (task.columns > 0) kernel(task, memory);
+  const auto allocate = [](int64_t bytes) {
+    char* const memory = static_cast<char*>(std::aligned_alloc(64, (bytes + guard + 63) / 64 * 64));
+    std::memset(memory, 0xff, bytes + guard);
+    return memory;
+  };
+  const auto is_intact = [](const char* memory, int64_t bytes) {
+    bool intact = true;
+    for (int64_t i = 0; i < guard; ++i) intact &= memory[bytes + i] == static_cast<char>(0xff);
+    return intact;
+  };
+  const int64_t bytes = product_scratch(depth);
+  p.packed_stride = packed_stride_of(dtype == 1 && at == Isa::avx512_bf16 ? (depth + 1) / 2 : depth);
+  const int64_t packed_bytes = 4 * packed_rows_of(rows) * p.packed_stride;
+  char* const memory = allocate(bytes);
+  char* const packed = allocate(packed_bytes);
+  if (!in_place) {
+    p.packed = packed;
+    const int64_t band = rows < 64 ? rows : 64;  // two bands, as two threads would take them
+    pack(p, 0, band);
+    if (band < rows) pack(p, band, rows - band);
   }
-  bool intact = true;
-  for (int64_t i = 0; i < guard; ++i) intact &= memory[bytes + i] == static_cast<char>(0xff);
+  const int64_t half = (columns / 2 + 63) / 64 * 64;
+  const int64_t first_rows = packed_rows_of((rows + 1) / 2);
+  for (int64_t row = 0; row < rows; row += first_rows) {
+    const int64_t count = rows - row < first_rows ? rows - row : first_rows;
+    const ProductTask tasks[] = {{&p, row, count, 0, half < columns ? half : columns, 0},
+                                 {&p, row, count, half, columns - half, 0}};
+    for (const ProductTask& task : tasks) {
+      if (task.columns > 0) kernel(task, memory);
+    }
+  }
+  const bool intact = is_intact(memory, bytes) && is_intact(packed, packed_bytes);
   std::free(memory);
+  std::free(packed);
   return intact;
 }
 

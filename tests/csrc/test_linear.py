@@ -110,13 +110,13 @@ def test_products(
     left, right = normal(rows, depth, dtype=dtype), normal(depth, columns, dtype=dtype)
     a = left.t().contiguous() if a_across else left
     b = right if b_across else right.t().contiguous()
-    direct = not a_across and (dtype == torch.float32 or (ISAS[isa] == "avx512_bf16" and depth % 2 == 0))
-    direct = direct and dtype != torch.float16
+    pairs = dtype == torch.bfloat16 and ISAS[isa] == "avx512_bf16" and depth % 2 == 0
+    in_place = not a_across and rows > 48 and (dtype == torch.float32 or pairs)
     out = guarded(rows, columns, dtype)
     sizes = [ctypes.c_int64(size) for size in shape]
     stayed = probe.product(
         isa, DTYPES.index(dtype), False, *sizes,
-        pointer(a), ctypes.c_int64(a.shape[1]), None, a_across, direct,
+        pointer(a), ctypes.c_int64(a.shape[1]), None, a_across, in_place,
         pointer(b), ctypes.c_int64(b.shape[1]), b_across, None, False, None, None,
         pointer(out), ctypes.c_int64(columns + GUARD), None,
     )  # fmt: skip
