@@ -21,6 +21,7 @@ _COMPILED = {
     "multiway_linear": "multiway_linear_cpu",
     "multiway_ffn": "multiway_linear_cpu",
     "attention": "attention_cpu",
+    "decode_attention": "decode_attention_cpu",
 }
 """What an op calls on the CPU that the library may have compiled; the others are registered under their own name."""
 

@@ -23,6 +23,7 @@ COMPILED = {
     "multiway_linear": "multiway_linear_cpu",
     "multiway_ffn": "multiway_linear_cpu",
     "attention": "attention_cpu",
+    "decode_attention": "decode_attention_cpu",
 }
 TRITON = ("multiway_linear", "multiway_ffn", "attention", "decode_attention", "route_tokens")
 OPS = ("layer_norm", "multiway_linear", "multiway_ffn", "attention", "decode_attention", "route_tokens")

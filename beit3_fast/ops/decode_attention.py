@@ -135,6 +135,21 @@ def _forward(
     return torch.cat(out)
 
 
+def _compiled(
+    qkv: Tensor,
+    prefix: Tensor,
+    layout_segments: Tensor,
+    words: Tensor,
+    history: Tensor,
+    length: int,
+    scale: float,
+    max_prefix: int,
+) -> Tensor:
+    """The CPU library's kernel where there is one and it has the dtype, otherwise plain PyTorch."""
+    forward = _forward if qkv.dtype == torch.float64 else _decode_attention_cpu
+    return forward(qkv, prefix, layout_segments, words, history, length, scale, max_prefix)
+
+
 def _fake(
     qkv: Tensor,
     prefix: Tensor,
@@ -162,16 +177,16 @@ def _triton_forward(
 
     arguments = (qkv, prefix, layout_segments, words, history)
     if qkv.shape[3] > kernels.MAX_HEAD_DIM or torch.version.hip is not None:
-        return _forward(*arguments, length, scale, max_prefix)
+        return _compiled(*arguments, length, scale, max_prefix)
     contiguous = (tensor.contiguous() for tensor in arguments)
     return kernels.forward(*contiguous, length, scale, max_prefix, precision=precision())
 
 
-_decode_attention = _library.define(
-    "decode_attention(Tensor qkv, Tensor prefix, Tensor segments, Tensor words, Tensor history, SymInt length,"
-    " float scale, int max_prefix) -> Tensor",
-    _forward,
-    _fake,
-    _triton_forward,
+_SIGNATURE = (
+    "(Tensor qkv, Tensor prefix, Tensor segments, Tensor words, Tensor history, SymInt length, float scale,"
+    " int max_prefix) -> Tensor"
 )
+_decode_attention = _library.define("decode_attention" + _SIGNATURE, _compiled, _fake, _triton_forward)
+# What the CPU library compiles. On other devices, and where there is no such library, it is plain PyTorch.
+_decode_attention_cpu = _library.define("decode_attention_cpu" + _SIGNATURE, _forward, _fake)
 _library.autocast(_decode_attention, ("qkv", "prefix", "words"))

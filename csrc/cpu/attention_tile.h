@@ -31,18 +31,6 @@ constexpr int64_t depth_at_a_time = 64;  // of a long product: so much of a pane
 constexpr int64_t most_rows = most_attention_rows;
 constexpr float infinity = __builtin_huge_valf();
 
-// What products of T are made of: bfloat16 pairs where the processor multiplies them, floats elsewhere.
-#ifdef BEIT3_BFLOAT16_DOT
-template <class T>
-using word_t = std::conditional_t<std::is_same_v<T, bfloat16>, bfloat16_pair, float>;
-#else
-template <class T>
-using word_t = float;
-#endif
-
-template <class Word>
-using element_t = std::conditional_t<std::is_same_v<Word, float>, float, bfloat16>;
-
 // Hands out pieces of a buffer, or without one measures it.
 struct Arena {
   uintptr_t base;
@@ -86,15 +74,6 @@ BEIT3_INLINE void store_operand(bfloat16* to, const F32& value) {
   std::memcpy(to, &half, sizeof(half));
 }
 #endif
-
-template <class T>
-BEIT3_INLINE void store_up_to(T* to, const F32& value, int64_t count) {
-  if (count >= lanes<float>) {
-    store(to, value);
-  } else {
-    store_partial(to, value, count);
-  }
-}
 
 BEIT3_INLINE void fill_row(float* row, int64_t begin, int64_t end, float value) {
   for (int64_t i = begin; i < end; ++i) row[i] = value;

@@ -5,15 +5,6 @@
 #include "pack.h"
 #include "small_gemm.h"
 
-// What one multiply-add of a lane takes from rows of T.
-#ifdef BEIT3_BFLOAT16_DOT
-template <class T>
-using WordOf = std::conditional_t<std::is_same_v<T, bfloat16>, bfloat16_pair, float>;
-#else
-template <class T>
-using WordOf = float;
-#endif
-
 BEIT3_INLINE void multiply_add(F32& sum, const F32& a, const F32& b) { sum += a * b; }
 
 #ifdef BEIT3_BFLOAT16_DOT
@@ -37,15 +28,6 @@ struct TypedRows {
 
   BEIT3_INLINE const T* row(int64_t r) const { return source.row<T>(r) + first; }
 };
-
-template <class T>
-BEIT3_INLINE void store_up_to(T* to, const F32& value, int64_t count) {
-  if (count >= lanes<float>) {
-    store(to, value);
-  } else {
-    store_partial(to, value, count);
-  }
-}
 
 // Takes rows `row` and following of C, `columns` columns from `column` on, out of a tile of sums.
 template <class T, class Out>
@@ -121,7 +103,7 @@ void multiply_few(const Matrix<Word>& a, const TypedRows<T>& b, int64_t column, 
 // Rows [row, row + rows) of C's left operand into p.packed.
 template <class T>
 void pack_left(const Product& p, int64_t row, int64_t rows) {
-  using Word = WordOf<T>;
+  using Word = word_t<T>;
   const Matrix<Word> left = rows_matrix(static_cast<Word*>(p.packed), p.packed_stride).from_row(row);
   if (p.a_across) {
     pack_pair_columns(left, TypedRows<T>{p.a, row}, 0, p.depth, rows);
@@ -133,7 +115,7 @@ void pack_left(const Product& p, int64_t row, int64_t rows) {
 // One task; `scratch` has product_scratch(depth) bytes.
 template <class T, class Out>
 void product(const ProductTask& task, void* scratch) {
-  using Word = WordOf<T>;
+  using Word = word_t<T>;
   const Product& p = *task.product;
   const TypedRows<T> source_a{p.a}, source_b{p.b};
   const int64_t depth = ceil_div(p.depth, elements<Word>);

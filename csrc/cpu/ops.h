@@ -44,4 +44,8 @@ std::tuple<Tensor, Tensor, Tensor> multiway_linear_backward(const Tensor& dy, co
                                                             const std::optional<Tensor>& row_index, bool needs_x,
                                                             bool needs_parameters);
 
+// (qkv, prefix, segments, words, history, length, scale, max_prefix) -> out
+Tensor decode_attention(const Tensor& qkv, const Tensor& prefix, const Tensor& segments, const Tensor& words,
+                        const Tensor& history, int64_t length, double scale, int64_t max_prefix);
+
 }  // namespace beit3_fast::cpu

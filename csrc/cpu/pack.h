@@ -12,6 +12,18 @@ constexpr int64_t panel_vectors = 2;
 #endif
 constexpr int64_t panel_width = panel_vectors * lanes<float>;
 
+// What products of T are made of: bfloat16 pairs where the processor multiplies them, floats elsewhere.
+#ifdef BEIT3_BFLOAT16_DOT
+template <class T>
+using word_t = std::conditional_t<std::is_same_v<T, bfloat16>, bfloat16_pair, float>;
+#else
+template <class T>
+using word_t = float;
+#endif
+
+template <class Word>
+using element_t = std::conditional_t<std::is_same_v<Word, float>, float, bfloat16>;
+
 template <class Word>
 constexpr int64_t elements = std::is_same_v<Word, float> ? 1 : 2;
 
@@ -59,6 +71,15 @@ BEIT3_INLINE void load_up_to(V& out, const T* from, int64_t count) {
     load_partial(out, from, count);
   } else {
     out = V{};
+  }
+}
+
+template <class T>
+BEIT3_INLINE void store_up_to(T* to, const F32& value, int64_t count) {
+  if (count >= lanes<float>) {
+    store(to, value);
+  } else {
+    store_partial(to, value, count);
   }
 }
 
