@@ -70,6 +70,45 @@ class BEiT3(nn.Module):
         vision = None if image is None else self.vision_embed(image, vision_masked_position)
         return self.encoder(self._rows(vision, text, layout), layout, mask), layout
 
+    def encode_first(
+        self,
+        parts: tuple[str, ...],
+        image: Tensor | None,
+        text: Tensor | None,
+        text_padding: Tensor | None = None,
+        *,
+        text_lengths: Sequence[int] | None = None,
+        names: InputNames = InputNames(),  # noqa: B008  (frozen)
+    ) -> tuple[Tensor, ...]:
+        """Each sample's first token as :meth:`encode` gives it, for whoever reads nothing else: what the last layer
+        computes for each row on its own it computes for these rows alone.
+
+        Args:
+            parts: "vision" (the image's CLS token), "text" (the text's BOS token), or both in this order.
+            image, text, text_padding, text_lengths, names: as :meth:`encode` takes them.
+
+        Returns:
+            (B, D) for each part; zeros for a sample without such tokens.
+
+        Raises:
+            TypeError, ValueError: bad input, named in the message.
+        """
+        if parts not in (("vision",), ("text",), ("vision", "text")):
+            raise ValueError(f"parts must be ('vision',), ('text',) or ('vision', 'text'), got {parts!r}")
+        self.check_inputs(image, text, text_padding, text_lengths, names)
+        layout = self._layout(image, text, text_padding, text_lengths)
+        rows = self._rows(None if image is None else self.vision_embed(image), text, layout)
+        if layout.num_rows == 0:  # texts of nothing but padding
+            return (rows.new_zeros(layout.batch_size, rows.shape[1]),) * len(parts)
+        columns = {"vision": (layout.vision_start, layout.vision_len), "text": (layout.text_start, layout.text_len)}
+        starts, lengths = zip(*(columns[part] for part in parts), strict=True)
+        # a sample without the token gives another's row, or the buffer's last: it still never falls
+        keep = torch.cat(starts).clamp(max=layout.num_rows - 1)
+        firsts = self.encoder(rows, layout, keep=keep).split(layout.batch_size)
+        return tuple(
+            torch.where((length > 0).unsqueeze(1), first, 0) for first, length in zip(firsts, lengths, strict=True)
+        )
+
     def _rows(
         self, vision: Tensor | None, text: Tensor | None, layout: TokenLayout, positions: Tensor | None = None
     ) -> Tensor:

@@ -71,8 +71,14 @@ class EncoderLayer(nn.Module):
         mask: str | Tensor = "full",
         store: KeyValueStore | None = None,
         row_sample: Tensor | None = None,
+        keep: Tensor | None = None,
     ) -> Tensor:
-        """(N, D) rows -> (N, D) rows; row_sample (N,), each row's sample, where paths are to be dropped."""
+        """(N, D) rows -> (N, D) rows, or the (K, D) rows that `keep` names.
+
+        Args:
+            row_sample: (N,), each row's sample, where paths are to be dropped.
+            keep: int32 (K,), row numbers that never fall; all rows by default.
+        """
         offsets = layout.shared_offsets if self.shared_attention else layout.expert_offsets
         attention = self.self_attn
         qkv = attention.project(self.self_attn_layer_norm(x, offsets), offsets)
@@ -80,9 +86,12 @@ class EncoderLayer(nn.Module):
             heads = ops.attention(qkv, layout, attention.num_heads, mask=mask)
         else:
             heads = store.attend(self.depth, qkv)
+        if keep is not None:  # keys and values came from every row; from here on no row needs another
+            x, heads, offsets = x.index_select(0, keep), heads.index_select(0, keep), kept_offsets(offsets, keep)
+            row_sample = None if row_sample is None else row_sample.index_select(0, keep)
         normed = attention.inner_attn_ln(heads, offsets)
         x = self._add(x, normed, attention.out_proj, offsets, layout.batch_size, row_sample)
-        offsets = layout.fused_offsets if self.fused_ffn else layout.expert_offsets
+        offsets = kept_offsets(layout.fused_offsets if self.fused_ffn else layout.expert_offsets, keep)
         return self._add(x, self.final_layer_norm(x, offsets), self.ffn, offsets, layout.batch_size, row_sample)
 
     def _add(
@@ -97,6 +106,12 @@ class EncoderLayer(nn.Module):
         if self.drop_path is None or row_sample is None:
             return branch(normed, offsets, residual=x)
         return x + self.drop_path(branch(normed, offsets), batch_size, row_sample)
+
+
+def kept_offsets(offsets: Tensor, keep: Tensor | None) -> Tensor:
+    """int32 (E + 1,) offsets of the experts among the rows that `keep` (int32, never falling) names: how many come
+    before each of the old ones. Rows that no expert owned stay past the last."""
+    return offsets if keep is None else torch.searchsorted(keep, offsets, out_int32=True)
 
 
 def _layer_pieces(attention_experts: int, ffn_experts: int) -> list[Piece]:
@@ -171,13 +186,24 @@ class Encoder(nn.Module):
                 fused[:, 2 * attention.num_heads * attention.head_dim :].mul_(scale)
 
     def forward(
-        self, x: Tensor, layout: TokenLayout, mask: str | Tensor = "full", store: KeyValueStore | None = None
+        self,
+        x: Tensor,
+        layout: TokenLayout,
+        mask: str | Tensor = "full",
+        store: KeyValueStore | None = None,
+        keep: Tensor | None = None,
     ) -> Tensor:
-        """(N, D) embedded rows -> (N, D) rows."""
+        """(N, D) embedded rows -> (N, D) rows, or the (K, D) rows that `keep` names: what is computed for them alone in
+        the last layer and after it are the output projection, the feed-forward block and the LayerNorms.
+
+        Args:
+            keep: int32 (K,), row numbers that never fall, so that they too are in expert order.
+        """
         row_sample = layout.row_sample if self.training and self.drop_path_rate > 0 else None
-        for layer in self.layers:
+        for depth, layer in enumerate(self.layers, start=1):
+            arguments = (x, layout, mask, store, row_sample, keep if depth == self.num_layers else None)
             if self.checkpoint_activations and self.training and torch.is_grad_enabled():
-                x = checkpoint(layer, x, layout, mask, store, row_sample, use_reentrant=False)
+                x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
-                x = layer(x, layout, mask, store, row_sample)
-        return x if self.layer_norm is None else self.layer_norm(x, layout.expert_offsets)
+                x = layer(*arguments)
+        return x if self.layer_norm is None else self.layer_norm(x, kept_offsets(layout.expert_offsets, keep))

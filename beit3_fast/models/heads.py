@@ -141,14 +141,15 @@ class BEiT3ForVisualReasoning(BEiT3Wrapper):
             self.beit3.check_inputs(
                 image, text_description, padding_mask, text_lengths, InputNames(name, "text_description")
             )
-        rows, layout = self.beit3.encode(
+        cls = self.beit3.encode_first(
+            ("vision", "text"),
             torch.cat([image_a, image_b]),
             torch.cat([text_description, text_description]),
             None if padding_mask is None else torch.cat([padding_mask, padding_mask]),
             text_lengths=None if text_lengths is None else [*text_lengths, *text_lengths],
         )
-        cls = torch.cat([layout.first_rows(rows, "vision"), layout.first_rows(rows, "text")], dim=-1)
-        return self.head(torch.cat(cls.chunk(2), dim=-1))
+        pairs = torch.cat(cls, dim=-1)  # [2B, 2D]: image a's samples, then image b's
+        return self.head(torch.cat(pairs.chunk(2), dim=-1))
 
 
 class BEiT3ForImageClassification(BEiT3Wrapper):
@@ -353,10 +354,10 @@ class BEiT3ForVisualQuestionAnswering(BEiT3Wrapper):
         **kwargs: Any,
     ) -> Tensor:
         """Image (B, C, H, W), question (B, T), padding (B, T) with 1 = padding -> logits (B, num_classes)."""
-        rows, layout = self.beit3.encode(
-            image, question, padding_mask, text_lengths=text_lengths, names=InputNames(text="question")
+        (cls,) = self.beit3.encode_first(
+            ("vision",), image, question, padding_mask, text_lengths=text_lengths, names=InputNames(text="question")
         )
-        return self.head(self.pooler(layout.first_rows(rows, "vision")))
+        return self.head(self.pooler(cls))
 
 
 class BEiT3ForRetrieval(BEiT3Wrapper):
@@ -397,13 +398,13 @@ class BEiT3ForRetrieval(BEiT3Wrapper):
         if not only_infer and (image is None or text_description is None):
             raise ValueError("image and text_description must both be given for the loss; only_infer=True takes one")
         if image is not None:
-            rows, layout = self.beit3.encode(image, None)
-            vision = F.normalize(self.vision_head(layout.first_rows(rows, "vision")), dim=-1)
+            (cls,) = self.beit3.encode_first(("vision",), image, None)
+            vision = F.normalize(self.vision_head(cls), dim=-1)
         if text_description is not None:
-            rows, layout = self.beit3.encode(
-                None, text_description, padding_mask, text_lengths=text_lengths, names=names
+            (bos,) = self.beit3.encode_first(
+                ("text",), None, text_description, padding_mask, text_lengths=text_lengths, names=names
             )
-            language = F.normalize(self.language_head(layout.first_rows(rows, "text")), dim=-1)
+            language = F.normalize(self.language_head(bos), dim=-1)
         if only_infer:
             return vision, language
         loss, _, _ = self.criterion(vision, language, self.logit_scale.exp())
