@@ -61,9 +61,9 @@ NUMBERS = {
 }
 """Kinds of numbers: the dtype of the rows and the precision of fp32 products."""
 
-_ROOM = {80: (64, 32), 86: (48, 16), 89: (48, 24), 90: (64, 32), 100: (64, 32), 120: (48, 24)}
+ROOM = {80: (64, 32), 86: (48, 16), 89: (48, 24), 90: (64, 32), 100: (64, 32), 120: (48, 24)}
 """Warps and blocks a multiprocessor holds (CUDA C++ Programming Guide, technical specifications)."""
-_RESERVED_SHARED = 1024  # of each block, by the system; from sm_90 on the binary counts it as static shared memory
+RESERVED_SHARED = 1024  # of each block, by the system; from sm_90 on the binary counts it as static shared memory
 
 
 # ---- what is compiled ------------------------------------------------------------------------------------------------
@@ -341,7 +341,7 @@ def inspect_nvidia(kernel: Any, arch: int) -> Measured:
     opcodes = re.findall(r"^\s+/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", assembly, re.M)
     names = [opcode.partition(".")[0] for opcode in opcodes]
     spill_accesses = sum(name in ("LDL", "STL") for name in names)
-    shared = kernel.metadata.shared + max(0, static - (_RESERVED_SHARED if arch >= 90 else 0))
+    shared = kernel.metadata.shared + max(0, static - (RESERVED_SHARED if arch >= 90 else 0))
     blocks = blocks_per_multiprocessor(arch, registers, shared, kernel.metadata.num_warps)
     return Measured(
         registers,
@@ -350,7 +350,7 @@ def inspect_nvidia(kernel: Any, arch: int) -> Measured:
         _kinds(name for name in names if re.fullmatch(r"[HQIDO]G?MMA|UTC\w*MMA", name)),
         _wide(_sass_bytes(opcode) for opcode in opcodes if re.match(r"(LDG|STG|LDGSTS|LD|ST|ATOMG?|REDG?)\b", opcode)),
         blocks,
-        blocks * kernel.metadata.num_warps / _ROOM[arch][0],
+        blocks * kernel.metadata.num_warps / ROOM[arch][0],
     )
 
 
@@ -370,10 +370,10 @@ def inspect_amd(kernel: Any) -> Measured:
 
 def blocks_per_multiprocessor(arch: int, registers: int, shared: int, warps: int) -> int:
     """How many blocks run at a time; registers are given out in eights to each of the warps, warps in fours."""
-    most_warps, most_blocks = _ROOM[arch]
+    most_warps, most_blocks = ROOM[arch]
     rounded = -(-warps // 4) * 4
     by_registers = 65536 // (-(-registers // 8) * 8 * 32 * rounded)
-    by_shared = (shared_memory(arch) + _RESERVED_SHARED) // (shared + _RESERVED_SHARED)
+    by_shared = (shared_memory(arch) + RESERVED_SHARED) // (shared + RESERVED_SHARED)
     return min(most_blocks, most_warps // rounded, by_registers, by_shared)
 
 

@@ -221,3 +221,16 @@ def test_compiled_layer_norm_serves_the_cpu() -> None:
     kernels = torch._C._dispatch_dump("beit3_fast::layer_norm").splitlines()
     (cpu,) = [line for line in kernels if line.startswith("CPU:")]
     assert "csrc/register_cpu.cpp" in cpu
+
+
+@pytest.mark.skipif(shutil.which("nm") is None, reason="there is no nm")
+@pytest.mark.parametrize("part", ["cpu", "cuda"])
+def test_nothing_outside_the_stable_abi_is_asked_of_torch_or_python(part: str) -> None:
+    library = beit3_fast._extension.LIBRARY_FOLDER / f"libbeit3_fast_{part}.so"
+    if not library.is_file():
+        pytest.skip(f"the {part} library is not built")
+    listed = subprocess.run(["nm", "-D", "--undefined-only", str(library)], check=True, capture_output=True, text=True)
+    symbols = [line.split()[-1] for line in listed.stdout.splitlines()]
+    assert any(symbol.startswith("aoti_torch_") for symbol in symbols), "this looks for the wrong names"
+    unstable = re.compile(r"_?Py[A-Z]|_ZN?K?(2at|3c10|5torch|5caffe2)|_ZTI?N(2at|3c10|5torch)")
+    assert [symbol for symbol in symbols if unstable.match(symbol)] == []

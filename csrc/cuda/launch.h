@@ -36,8 +36,12 @@ constexpr int loop_threads = 512;
 constexpr int reduce_columns = 32;  // a block of the second stage: threads along columns and
 constexpr int reduce_stripes = 16;  // across partial sums
 
-// The elements of a row that a lane has room for. Single elements need an address each.
-BEIT3_HOST_DEVICE constexpr int lane_elements(Fit fit) { return fit == Fit::scalar ? 8 : 24; }
+// The elements of a row that a lane has room for: a warp that has to hold fewer than it can takes rows up to 1024, and
+// the widths of 768 and its multiples fill every lane. Single elements need an address each.
+BEIT3_HOST_DEVICE constexpr int lane_elements(Span span, Fit fit) {
+  if (fit == Fit::scalar) return 8;
+  return span == Span::warp && fit == Fit::vector ? 32 : 24;
+}
 
 // A row of fp32 (an expert's weights, or partial sums) is laid out in quads, in the order in which lanes want them:
 // where a lane holds vectors of 8 elements, all first halves come before all second halves, so that the 16-byte
@@ -78,16 +82,19 @@ inline Launch launch_rows(int width, int64_t rows, int element_size, bool aligne
   if (width % launch.vector != 0) launch.vector = 1;
   const int64_t plane = plane_size(width, launch.vector) * static_cast<int64_t>(sizeof(float));
   const int64_t statistics = max_rows * 2 * static_cast<int64_t>(sizeof(float));
-  launch.fit = launch.vector == 1 ? Fit::scalar : Fit::vector;
-  const int of_warp = warp_size * lane_elements(launch.fit);
+  launch.fit = launch.vector == 1                                                 ? Fit::scalar
+               : width % (warp_size * lane_elements(Span::warp, Fit::exact)) == 0 ? Fit::exact
+                                                                                  : Fit::vector;
+  const int whole_row = warp_size * lane_elements(Span::warp, launch.fit);  // what a warp holds, alone
+  const int of_warp = warp_size * lane_elements(Span::block, launch.fit);   // or as one of several
   int64_t least;     // rows of a block, so that what it reads or writes once is little beside them
   int64_t resident;  // blocks that a multiprocessor is to hold
-  if (element_size <= 4 && width <= of_warp) {
+  if (element_size <= 4 && width <= whole_row) {
     launch.span = Span::warp;
     launch.threads = warp_size * warps_of_rows;
     launch.shared = static_cast<int>((backward ? 3 : 2) * plane + statistics);
     least = backward ? 2 * warps_of_rows : warps_of_rows;
-    resident = backward ? 2 : 4;
+    resident = backward ? 2 : launch.fit == Fit::vector ? 3 : 4;
   } else if (element_size <= 4 && width <= (backward ? backward_warps : forward_warps) * of_warp &&
              2 * plane + statistics <= max_shared) {
     launch.span = Span::block;
@@ -97,11 +104,11 @@ inline Launch launch_rows(int width, int64_t rows, int element_size, bool aligne
     resident = std::max(1, (backward ? 256 : 512) / launch.threads);
   } else {
     launch.span = Span::loop;
+    if (launch.fit == Fit::exact) launch.fit = Fit::vector;
     launch.threads = loop_threads;
     least = 1;
     resident = 2;
   }
-  if (launch.fit == Fit::vector && launch.span != Span::loop && width % of_warp == 0) launch.fit = Fit::exact;
 
   const int64_t one_wave = std::max(1, multiprocessors) * resident;
   const int64_t even = std::clamp<int64_t>((rows + one_wave - 1) / one_wave, least, max_rows);

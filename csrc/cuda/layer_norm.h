@@ -17,7 +17,6 @@ struct ForwardArguments {
   const void* weight;
   const void* bias;
   const int32_t* expert_offsets;
-  const float* row_scale;  // or null; factors of the rows of x that a residual is added to
   void* y;
   void* total;  // written where there is a residual
   void* mean;   // fp32; fp64 for fp64 rows

@@ -22,7 +22,9 @@ __device__ __forceinline__ float block_mean(float part, const L& lane, float inv
 
 template <class X, class T, Span span, Fit fit>
 __global__ void __launch_bounds__(span == Span::warp ? warp_size * warps_of_rows : warp_size * forward_warps,
-                                  span == Span::warp ? 4 : 1) forward(const ForwardArguments a) {
+                                  span == Span::block  ? 1
+                                  : fit == Fit::vector ? 3
+                                                       : 4) forward(const ForwardArguments a) {
   using L = Lane<T, span, fit>;
   constexpr int vector = L::vector;
   extern __shared__ float4 dynamic_shared[];
@@ -66,7 +68,6 @@ __global__ void __launch_bounds__(span == Span::warp ? warp_size * warps_of_rows
       if (lane.holds(v)) unpack<X, vector>(next_x[v], values[v]);
     }
     if (a.residual == nullptr) return;
-    const float scale = a.row_scale == nullptr ? 1.0f : a.row_scale[first + row];
     auto* total = lane.template in<T>(a.total, first + row, a.width);
 #pragma unroll
     for (int v = 0; v < L::count; ++v) {
@@ -74,7 +75,7 @@ __global__ void __launch_bounds__(span == Span::warp ? warp_size * warps_of_rows
         float residual[vector];
         unpack<T, vector>(next_residual[v], residual);
 #pragma unroll
-        for (int i = 0; i < vector; ++i) values[v][i] = fmaf(values[v][i], scale, residual[i]);
+        for (int i = 0; i < vector; ++i) values[v][i] += residual[i];
         const Packed<T, vector> rounded = pack<T, vector>(values[v]);
         total[v * warp_size] = rounded;
         unpack<T, vector>(rounded, values[v]);
@@ -171,7 +172,6 @@ __global__ void __launch_bounds__(loop_threads, 2) forward_loop(const ForwardArg
     T* y = static_cast<T*>(a.y) + (first + row) * a.width;
     A* const mean_out = static_cast<A*>(a.mean) + first + row;
     A* const rstd_out = static_cast<A*>(a.rstd) + first + row;
-    const A scale = a.row_scale == nullptr || a.residual == nullptr ? A(1) : A(a.row_scale[first + row]);
     const auto take = [&](A(&values)[vector], int column) {
       if (a.residual == nullptr) {
         load<X, vector>(values, x, column);
@@ -188,7 +188,7 @@ __global__ void __launch_bounds__(loop_threads, 2) forward_loop(const ForwardArg
         A added[vector];
         load<T, vector>(added, residual, column);
 #pragma unroll
-        for (int i = 0; i < vector; ++i) values[i] = values[i] * scale + added[i];
+        for (int i = 0; i < vector; ++i) values[i] += added[i];
         const Packed<T, vector> rounded = pack<T, vector>(values);
         *reinterpret_cast<Packed<T, vector>*>(total + column) = rounded;
         unpack<T, vector>(rounded, values);

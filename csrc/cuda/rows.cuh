@@ -9,7 +9,7 @@ namespace beit3_fast::cuda {
 template <class T, Span span, Fit fit>
 struct Lane {
   static constexpr int vector = fit == Fit::scalar ? 1 : 16 / static_cast<int>(sizeof(T));
-  static constexpr int elements = lane_elements(fit);
+  static constexpr int elements = lane_elements(span, fit);
   static constexpr int count = elements / vector;
 
   unsigned first;  // column

@@ -12,7 +12,7 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from beit3_fast.bench import static
+from beit3_fast.bench import static, static_cuda
 from beit3_fast.bench.static import Budget, Build, Measured, Result
 from beit3_fast.kernels.launch import Launch
 from click.testing import CliRunner
@@ -340,6 +340,7 @@ def only_routing(tmp_path, monkeypatch):
     """The command compiles the two routing kernels alone, and has a budget file of its own."""
     monkeypatch.setattr(static, "CASES_RUN", dict.fromkeys(static.ARCHITECTURES, ()))
     monkeypatch.setattr(static, "cores", lambda: 1)
+    monkeypatch.setattr(static_cuda, "LIBRARY", tmp_path / "not built")
     path = tmp_path / "budget.json"
     monkeypatch.setattr(static, "BUDGET_FILE", path)
     static.write_budget(path, {(90, "kept", "int64"): ALLOWED})

@@ -151,7 +151,6 @@ class Kernels:
         bias: Tensor,
         offsets: Tensor,
         eps: float = 1e-5,
-        row_scale: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """normed, total, mean, rstd"""
         rows, width = x.shape
@@ -166,7 +165,7 @@ class Kernels:
         else:
             name = f"forward<{TYPES[x.dtype]}, {TYPES[dtype]}, {launch.span}, {launch.fit}>"
         strides = _int64(x.stride(0)), _int64(0 if residual is None else residual.stride(0))
-        pointers = x, residual, weight, bias, offsets, row_scale, normed, total, mean, rstd
+        pointers = x, residual, weight, bias, offsets, normed, total, mean, rstd
         sizes = width, weight.shape[0], launch.rows_per_block, TAGS[weight.dtype], TAGS[bias.dtype]
         fields = (*pointers, _int64(rows), *strides, numpy.float64(eps), *sizes)
         self._launch(name, (launch.blocks,), (launch.threads,), launch.shared, *fields)

@@ -127,7 +127,7 @@ def check(
 
 
 WIDTHS = (1, 7, 768, 1000, 1001, 1408, 3072, 6144, 8000, 20000)
-SPANS = dict(zip(WIDTHS, ("warp", "warp", "warp", *["block"] * 5, "loop", "loop"), strict=True))
+SPANS = dict(zip(WIDTHS, (*["warp"] * 4, *["block"] * 4, "loop", "loop"), strict=True))
 
 
 @pytest.mark.parametrize("width", WIDTHS)
@@ -186,7 +186,7 @@ def test_float64(kernels: Kernels, residual: torch.dtype | None) -> None:
     check(kernels, 9, 83, [0, 4, 7], torch.float64, residual=residual)
 
 
-@pytest.mark.parametrize("width", [768, 1408, 8008])
+@pytest.mark.parametrize("width", [1024, 1408, 8008])
 @pytest.mark.parametrize("mean", [1e3, -1e3])
 def test_a_mean_far_from_zero(kernels: Kernels, width: int, mean: float) -> None:
     check(kernels, 12, width, [0, 5, 12], torch.float32, mean=mean)
@@ -227,16 +227,6 @@ def test_rows_that_nobody_owns_are_never_looked_at(kernels: Kernels, width: int)
         assert wanted is None or torch.equal(got, wanted)
 
 
-@pytest.mark.parametrize("width", [768, 1032, 8008])
-def test_row_scale(kernels: Kernels, width: int) -> None:
-    """Stochastic depth: rows of x times a factor, 0 where the sample's branch is dropped."""
-    x, residual = rows_of(6, width, torch.bfloat16), rows_of(6, width, torch.float32)
-    weight, bias = affine(1, width).float(), normal(1, width).float()
-    scale = torch.tensor([0, 0, 1.25, 1.25, 0, 1.25])
-    _, total, _, _ = kernels.forward(x, residual, weight, bias, offsets_of(0, 6), row_scale=scale)
-    torch.testing.assert_close(total, x.float() * scale.unsqueeze(1) + residual)
-
-
 @pytest.mark.parametrize("width", [768, 3072, 8008])
 def test_the_same_bits_whatever_runs_first(kernels: Kernels, width: int) -> None:
     x, dy = rows_of(50, width, torch.bfloat16), rows_of(50, width, torch.bfloat16)
@@ -259,7 +249,7 @@ def moved(stats: Any) -> int:
     return stats.global_load["bytes"] + stats.global_store["bytes"]
 
 
-@pytest.mark.parametrize("width", [768, 1000, 1408, 3072])
+@pytest.mark.parametrize("width", [768, 1000, 1024, 1408, 3072])
 @pytest.mark.parametrize("residual", [False, True])
 @pytest.mark.parametrize(("dtype", "parameters"), [(torch.float32, torch.float32), (torch.bfloat16, torch.float32),
                                                    (torch.bfloat16, torch.bfloat16)])  # fmt: skip
@@ -307,7 +297,7 @@ def meetings_of(rows_per_block: int, rows: int, offsets: Sequence[int]) -> int:
     )
 
 
-@pytest.mark.parametrize("width", [768, 1408, 3072, 6144])
+@pytest.mark.parametrize("width", [768, 1024, 1408, 3072, 6144])
 @pytest.mark.parametrize("parameters", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("dtype", LOW_PRECISION)
 def test_whole_sectors_and_no_bank_conflicts(
@@ -330,6 +320,24 @@ def test_whole_sectors_and_no_bank_conflicts(
         small = launch.blocks * (2 * launch.threads // 32 + 2)
         for accesses in (stats.global_load, stats.global_store):
             assert accesses["sectors"] - accesses["bytes"] / 32 <= small, name
+
+
+@pytest.mark.parametrize(
+    ("width", "forward", "backward"), [(768, 13, 18), (1024, 14, 18), (1408, 19, 20), (3072, 16, 20)]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_instructions_per_element(
+    kernels: Kernels, dtype: torch.dtype, width: int, forward: int, backward: int
+) -> None:
+    """Lane instructions of a forward and a backward kernel whose blocks have rows enough, at most."""
+    rows = 1024
+    x, weight, bias = rows_of(rows, width, dtype), affine(1, width, dtype=dtype), normal(1, width, dtype=dtype)
+    kernels.options, before = {"check_races": False}, kernels.options
+    _, _, mean, rstd = kernels.forward(x, None, weight, bias, offsets_of(0, rows))
+    kernels.backward(x, x, weight, offsets_of(0, rows), mean, rstd)
+    kernels.options = before
+    for (name, stats), most in zip(kernels.counts, (forward, backward), strict=False):
+        assert sum(stats.by_class.values()) <= most * rows * width, name
 
 
 def test_16_byte_accesses(kernels: Kernels) -> None:
