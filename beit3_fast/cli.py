@@ -89,6 +89,10 @@ def bench() -> None:
 
 @bench.command("model")
 @click.option("--case", "cases", multiple=True, help="Run this case only; repeatable.")
+@click.option("--peers", is_flag=True, help="Also the public code, torch.compile and the inference engines.")
+@click.option(
+    "--provider", "providers", multiple=True, help="Compare with this provider only, e.g. openvino; repeatable."
+)
 @click.option("--quick", is_flag=True, help="A few cases, small batches, few rounds.")
 @click.option("--batch", type=int, default=None, help="Replace every case's batch size.")
 @_rounds
@@ -97,7 +101,11 @@ def bench() -> None:
 @click.option("--device", default=None, help="cpu or cuda. [default: cuda when there is one]")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results to this file.")
 def bench_model(**options: Any) -> None:
-    """Time the backbone's forward against reference PyTorch; what fails parity gets no time and exit code 1."""
+    """Time the model against reference PyTorch: forward, captioning, a training step.
+
+    What fails parity gets no time, and exit code 1 unless it is a peer. With --peers the public BEiT-3, torch.compile,
+    OpenVINO, ONNX Runtime and zentorch take part; one that is not installed is listed with the reason.
+    """
     from beit3_fast.bench.command import model
 
     if not model(**options):

@@ -9,11 +9,13 @@ from pathlib import Path
 
 import torch
 
-from . import model as model_bench
+from . import model_tasks
 from . import ops as op_bench
 from .cases import select
 from .files import check_writable, write_json
 from .machine import default_device, machine, use_threads
+from .model import CaseResult
+from .model_tasks import check_providers
 from .op_cases import select_op_cases
 from .op_providers import select_providers
 from .op_report import op_document, op_table, roofs_line
@@ -27,6 +29,8 @@ DEFAULT_ROUNDS = 12
 def model(
     *,
     cases: Sequence[str] = (),
+    providers: Sequence[str] = (),
+    peers: bool = False,
     quick: bool = False,
     batch: int | None = None,
     rounds: int | None = None,
@@ -35,13 +39,15 @@ def model(
     device: str | None = None,
     json_file: Path | None = None,
 ) -> bool:
-    """``bench model``: True if every provider of every case ran and passed parity.
+    """``bench model``: True if reference PyTorch and ours ran and passed parity in every case; a peer may fail.
 
     Raises:
-        ValueError: an unknown case, a count out of range, a device that is not there, a file that cannot be written.
+        ValueError: an unknown case or provider, a count out of range, a device that is not there, a file that cannot be
+            written.
         FileNotFoundError: the folder of ``json_file`` does not exist.
     """
     chosen = select(cases, quick=quick, batch=batch)
+    check_providers(providers)
     rounds = (MIN_ROUNDS if quick else DEFAULT_ROUNDS) if rounds is None else rounds
     check_rounds(rounds)
     place = _device(device)
@@ -52,21 +58,26 @@ def model(
         about = machine(place)
         settings = {"device": place.type, "rounds": rounds}
         shown.print(header(about, settings))
-        results: list[model_bench.CaseResult] = []
+        results: list[CaseResult] = []
 
-        with shown.status("starting") as status:
+        with shown.status("the machine's roofs") as status:
+            # float32 cases have providers that compute in bfloat16
+            roofs = measure_roofs(place, [torch.float32, torch.bfloat16])
+            shown.print(roofs_line(roofs), soft_wrap=True)
             for case in chosen:
-                result = model_bench.run_case(
+                result = model_tasks.run(
                     case,
-                    model_bench.providers(compiled=compiled),
+                    providers,
+                    peers=peers,
+                    compiled=compiled,
                     device=place,
                     rounds=rounds,
                     progress=status.update,
                 )
                 results.append(result)
-                shown.print(table(result))
+                shown.print(table(result, roofs))
                 if target is not None:  # after every case: an interrupted run keeps what it had
-                    write_json(target, document(results, about, settings))
+                    write_json(target, document(results, roofs, about, settings))
     return all(result.ok for result in results)
 
 
@@ -153,7 +164,8 @@ def static(
     json_file: Path | None = None,
     update: bool = False,
 ) -> bool:
-    """``bench static``: True if every kernel compiled for every architecture and kept its budget.
+    """``bench static``: True if every kernel compiled for every architecture and kept its budget, those of the compiled
+    CUDA library among them if it is built.
 
     Raises:
         ModuleNotFoundError: Triton is not installed.
@@ -166,6 +178,7 @@ def static(
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise ValueError("bench static compiles Triton kernels; unset TRITON_INTERPRET, which interprets them")
     from . import static as static_bench
+    from . import static_cuda
 
     for arch in architectures:
         if arch not in static_bench.ARCHITECTURES:
@@ -194,9 +207,19 @@ def static(
     unfit = static_bench.unfit(results) if everything else []
     for line in unfit:
         shown.print(line, soft_wrap=True)
+    cuda_rows = []
+    if static_cuda.LIBRARY.is_file():
+        with shown.status("reading the CUDA library"):
+            compiler, cuda_rows = static_cuda.run(architectures, update)
+        shown.print(compiler)
+        shown.print(static_cuda.table(cuda_rows))
+        for line in static_cuda.broken(cuda_rows):
+            shown.print(line, soft_wrap=True)
+    else:
+        shown.print("CUDA C++ kernels are not looked at: their library is not built here")
     if target is not None:
-        write_json(target, static_bench.document(results, budget))
-    return not unfit and not any(row.problems for row in rows)
+        write_json(target, static_bench.document(results, budget) | {"cuda": static_cuda.document(cuda_rows)})
+    return not unfit and not any(row.problems for row in (*rows, *cuda_rows))
 
 
 def simulate(*, batches: Sequence[int] = (), architectures: Sequence[int] = (), json_file: Path | None = None) -> bool:

@@ -1,22 +1,27 @@
-"""``beit3-fast bench model``: the backbone's forward, ours against reference PyTorch; parity first.
+"""``beit3-fast bench model``: the backbone's forward, ours against reference PyTorch and the peers; parity first.
 
 Every provider gets the same weights and inputs. Its output is compared with a run of reference PyTorch in float64 (or
-in float32 where a case says so); one that breaks the parity rule gets no time.
+in float32 where a case says so); one that breaks the parity rule gets no time. The other tasks, training and
+captioning, bring a setup of their own and run through the same :func:`run_case`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import contextlib
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from beit3_fast import optimize
 from beit3_fast.models import BEiT3, EncoderConfig
 
 from . import parity, reference
-from .cases import ModelCase
+from .cases import ModelCase, flops
+from .ops import ProviderError
 from .timing import Timing, interleave, stopwatch_for
 
 BASELINE = "reference"
@@ -47,10 +52,13 @@ class Inputs:
 class Setup:
     """A case made ready: weights, inputs, and the models built from them, each once."""
 
-    def __init__(self, case: ModelCase, device: torch.device) -> None:
+    baseline = BASELINE
+    """The provider over which speed-ups are given."""
+
+    def __init__(self, case: ModelCase, device: torch.device, config: EncoderConfig | None = None) -> None:
         self.case = case
         self.device = device
-        self.config = _config(case)
+        self.config = config or _config(case)
         self.weights = _weights(self.config, case.dtype, device)
         self.inputs = _inputs(case, self.config, device)
         self._references: dict[torch.dtype, nn.Module] = {}
@@ -63,41 +71,71 @@ class Setup:
 
     def build_reference(self, dtype: torch.dtype) -> nn.Module:
         """A fresh one, freed as soon as the caller drops it."""
-        return reference.with_weights(
-            lambda: reference.BEiT3(self.config), self.weights, device=self.device, dtype=dtype
-        )
+        return self.build(reference.BEiT3, dtype)
+
+    def build(self, make: Callable[[EncoderConfig], nn.Module], dtype: torch.dtype | None = None) -> nn.Module:
+        """A backbone with the case's weights, in the case's dtype by default."""
+        dtype = dtype or self.case.dtype
+        return reference.with_weights(lambda: make(self.config), self.weights, device=self.device, dtype=dtype)
+
+    def running(self) -> contextlib.AbstractContextManager[Any]:
+        """In what a provider's calls run."""
+        return torch.inference_mode()
+
+    def truth(self) -> Any:
+        """What :meth:`errors` compares with."""
+        with self.running():
+            return self.valid(self.inputs.to(self.case.truth).call(self.build_reference(self.case.truth)))
+
+    def errors(self, output: Any, truth: Any) -> dict[str, parity.Error]:
+        """How far each part of a run's output is from the truth."""
+        return {"out": parity.error(self.valid(output), truth)}
 
     def valid(self, out: Tensor) -> Tensor:
         """The rows (N, D) of ``out`` (B, S, D) that mean something: padded positions are left out."""
+        return out[self.meaningful(out)]
+
+    def meaningful(self, out: Tensor) -> Tensor:
+        """(B, S) bool, False at padded positions of ``out`` (B, S, D)."""
         lengths = torch.tensor(self.case.lengths(), device=out.device)
         text_tokens = self.case.text_tokens or 0
         vision_tokens = out.shape[1] - text_tokens
         positions = torch.arange(out.shape[1], device=out.device) - vision_tokens
-        return out[positions < lengths[:, None]]
+        return positions < lengths[:, None]
 
 
-Run = Callable[[], Tensor]
+Run = Callable[[], Any]
+
+
+def _everywhere(case: ModelCase, device: torch.device) -> str | None:
+    return None
 
 
 @dataclass(frozen=True)
 class Provider:
     """Something that computes the case.
 
-    ``build(setup)`` returns a function that runs one forward. Its error is held against that of the provider named
+    ``build(setup)`` returns a function that runs it once. Its error is held against that of the provider named
     ``judged_by`` in the same dtype; a provider that names itself is held to the cap alone. ``computes_in`` gives the
-    dtype of its matrix products, which decides the rounding floor and the cap.
+    dtype of its matrix products, which decides the rounding floor and the cap. ``missing`` says why it cannot take
+    part, None if it can. A ``peer`` may fail without failing the run.
     """
 
     name: str
-    build: Callable[[Setup], Run]
+    build: Callable[[Any], Run]
     judged_by: str = BASELINE
     computes_in: Callable[[ModelCase], torch.dtype] = lambda case: case.dtype
+    missing: Callable[[ModelCase, torch.device], str | None] = _everywhere
+    peer: bool = False
 
 
 def _ours(setup: Setup) -> Run:
-    model = reference.with_weights(
-        lambda: BEiT3(setup.config), setup.weights, device=setup.device, dtype=setup.case.dtype
-    )
+    model = setup.build(BEiT3)
+    return lambda: setup.inputs.call(model)
+
+
+def _optimized(setup: Setup) -> Run:
+    model = optimize(setup.build(BEiT3))
     return lambda: setup.inputs.call(model)
 
 
@@ -107,12 +145,13 @@ def _reference(setup: Setup) -> Run:
 
 
 def _compiled(setup: Setup) -> Run:
+    torch.compiler.reset()  # graphs of earlier cases count towards the limit on recompilations
     model = torch.compile(setup.reference(setup.case.dtype))
     return lambda: setup.inputs.call(model)
 
 
-def _autocast(setup: Setup) -> Run:
-    model = setup.reference(torch.float32)
+def under_autocast(model: nn.Module, setup: Setup) -> Run:
+    """The forward of a float32 model under bfloat16 autocast."""
     inputs = setup.inputs.to(torch.float32)
 
     def run() -> Tensor:
@@ -122,44 +161,108 @@ def _autocast(setup: Setup) -> Run:
     return run
 
 
+def in_bfloat16(case: ModelCase) -> torch.dtype:
+    """For providers that compute in bfloat16 whatever the case's weights are in."""
+    return torch.bfloat16
+
+
 OURS = Provider("beit3_fast", _ours)
+OPTIMIZED = Provider("beit3_fast, optimized", _optimized)
 REFERENCE = Provider(BASELINE, _reference, judged_by=BASELINE)
 COMPILED = Provider("reference, compiled", _compiled)
 AUTOCAST = Provider(
-    "reference, autocast", _autocast, judged_by="reference, autocast", computes_in=lambda case: torch.bfloat16
+    "reference, autocast",
+    lambda setup: under_autocast(setup.reference(torch.float32), setup),
+    judged_by="reference, autocast",
+    computes_in=in_bfloat16,
 )
 
 
 def providers(*, compiled: bool = False) -> list[Provider]:
-    """Who takes part; the reference first, since the others are judged by it."""
-    return [REFERENCE, AUTOCAST, *([COMPILED] if compiled else []), OURS]
+    """Who takes part without peers; the reference first, since the others are judged by it."""
+    return [REFERENCE, AUTOCAST, *([COMPILED] if compiled else []), OURS, OPTIMIZED]
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """One provider's result: ``failure`` is why it did not run, ``verdict`` whether it was near enough to be timed."""
+    """One provider's result.
+
+    Attributes:
+        provider: its name.
+        peer: it may fail without failing the run.
+        dtype: of its matrix products.
+        missing: why it cannot take part.
+        failure: what it raised.
+        errors: how far each part of its output is from the truth.
+        verdict: whether that was near enough to be timed.
+    """
 
     provider: str
-    error: parity.Error | None = None
-    verdict: parity.Verdict | None = None
+    peer: bool = False
+    dtype: torch.dtype | None = None
+    missing: str | None = None
     failure: str | None = None
+    errors: Mapping[str, parity.Error] | None = None
+    verdict: parity.Verdict | None = None
 
     @property
     def ok(self) -> bool:
-        return self.verdict is not None and self.verdict.ok
+        return self.failure is None and self.verdict is not None and self.verdict.ok
+
+    @property
+    def error(self) -> parity.Error | None:
+        """The largest of each kind over all parts of the output."""
+        if not self.errors:
+            return None
+        kinds = zip(*((error.maximum, error.rms, error.absolute) for error in self.errors.values()), strict=True)
+        return parity.Error(*(math.nan if any(map(math.isnan, values)) else max(values) for values in kinds))
 
 
 @dataclass(frozen=True)
 class CaseResult:
-    """All providers' outcomes, and the times of those that passed."""
+    """All providers' outcomes, and the times of those that passed.
+
+    Attributes:
+        baseline: the provider over which speed-ups are given.
+        flops: useful operations of a run, None where they are not counted.
+        skipped: why the case was not run at all.
+        memory: of a training step, by provider; empty for other tasks.
+    """
 
     case: ModelCase
     outcomes: list[Outcome]
     timing: Timing | None
+    baseline: str = BASELINE
+    flops: int | None = None
+    skipped: str | None = None
+    memory: Mapping[str, Any] = field(default_factory=dict)
 
     @property
     def ok(self) -> bool:
-        return all(outcome.ok for outcome in self.outcomes)
+        """Everybody who is no peer ran and was right, as far as they could take part."""
+        return all(outcome.ok for outcome in self.outcomes if not outcome.peer and outcome.missing is None)
+
+    @property
+    def ours(self) -> str | None:
+        """Our fastest entry that passed."""
+        return self._fastest(lambda outcome: outcome.provider in OUR_NAMES)
+
+    @property
+    def best_other(self) -> str | None:
+        """The fastest of the others that computes in the case's dtype and passed."""
+        return self._fastest(
+            lambda outcome: outcome.provider not in OUR_NAMES and outcome.dtype in (None, self.case.dtype)
+        )
+
+    def _fastest(self, among: Callable[[Outcome], bool]) -> str | None:
+        timing = self.timing
+        names = [o.provider for o in self.outcomes if o.ok and among(o)]
+        if timing is None or not names:
+            return None
+        return min(names, key=lambda name: timing.time(name).median)
+
+
+OUR_NAMES = (OURS.name, OPTIMIZED.name)
 
 
 def run_case(
@@ -168,55 +271,92 @@ def run_case(
     *,
     device: torch.device,
     rounds: int,
+    make_setup: Callable[[ModelCase, torch.device], Any] = Setup,
     progress: Callable[[str], None] = lambda message: None,
 ) -> CaseResult:
-    """Parity of every provider, then interleaved times of those that passed."""
+    """Parity of every provider, then interleaved times of those that passed.
+
+    Args:
+        taking_part: in this order; whoever others are judged by comes before them.
+        make_setup: of the case's task.
+    """
 
     def say(message: str) -> None:
         progress(f"{case.name}: {message}")
 
-    with torch.inference_mode():
-        say("weights and inputs")
-        setup = Setup(case, device)
-        say(f"the truth in {_name(case.truth)}")
-        truth = setup.valid(setup.inputs.to(case.truth).call(setup.build_reference(case.truth)))
+    say("weights and inputs")
+    setup = make_setup(case, device)
+    say(f"the truth in {_name(case.truth)}")
+    truth = setup.truth()
 
-        outcomes: dict[str, Outcome] = {}
-        runs: dict[str, Run] = {}
-        for provider in taking_part:
-            say(f"parity of {provider.name}")
-            try:
+    outcomes: dict[str, Outcome] = {}
+    runs: dict[str, Run] = {}
+    for provider in taking_part:
+        about = Outcome(provider.name, provider.peer, provider.computes_in(case))
+        say(f"{provider.name}: can it take part?")
+        missing = provider.missing(case, device)
+        if missing is not None:
+            outcomes[provider.name] = replace(about, missing=missing)
+            continue
+        say(f"parity of {provider.name}")
+        try:
+            with torch.no_grad():
                 run = provider.build(setup)
-                error = parity.error(setup.valid(run()), truth)
-            except Exception as failure:  # one provider that cannot run must not take the others with it
-                message = next(iter(str(failure).splitlines()), "")
-                outcomes[provider.name] = Outcome(provider.name, failure=f"{type(failure).__name__}: {message}")
-                continue
-            outcomes[provider.name] = Outcome(provider.name, error, _judge(provider, error, outcomes, case))
-            if outcomes[provider.name].ok:
-                runs[provider.name] = run
-        del truth
+            with setup.running():
+                errors = setup.errors(run(), truth)
+        except Exception as error:  # one provider that cannot run must not take the others with it
+            outcomes[provider.name] = replace(about, failure=str(ProviderError(provider.name, error)))
+            continue
+        verdict = _judge(provider, errors, outcomes, case)
+        outcomes[provider.name] = replace(about, errors=errors, verdict=verdict)
+        if verdict.ok:
+            runs[provider.name] = _named(provider.name, run)
+        del run  # a wrong one's weights must not stay
+    del truth
 
-        timing = None
-        if runs:
-            timing = interleave(
-                runs,
-                rounds=rounds,
-                warmup=WARMUP,
-                stopwatch=stopwatch_for(device),
-                after_round=lambda done: say(f"round {done} of {rounds}"),
-            )
-    return CaseResult(case, list(outcomes.values()), timing)
+    timing = None
+    while runs and timing is None:
+        try:
+            with setup.running():
+                timing = interleave(
+                    runs,
+                    rounds=rounds,
+                    warmup=WARMUP,
+                    stopwatch=stopwatch_for(device),
+                    after_round=lambda done: say(f"round {done} of {rounds}"),
+                )
+        except ProviderError as error:  # the others start again without it
+            outcomes[error.provider] = replace(outcomes[error.provider], failure=str(error))
+            del runs[error.provider]
+    return CaseResult(case, list(outcomes.values()), timing, setup.baseline, flops(case, setup.config))
 
 
-def _judge(provider: Provider, error: parity.Error, outcomes: dict[str, Outcome], case: ModelCase) -> parity.Verdict:
+def _named(name: str, run: Run) -> Run:
+    def call() -> Any:
+        try:
+            return run()
+        except Exception as error:
+            raise ProviderError(name, error) from error
+
+    return call
+
+
+def _judge(
+    provider: Provider, errors: Mapping[str, parity.Error], outcomes: Mapping[str, Outcome], case: ModelCase
+) -> parity.Verdict:
+    """The first part of the output that breaks the rule decides."""
     dtype = provider.computes_in(case)
-    if provider.judged_by == provider.name:
-        return parity.judge(error, dtype)
-    baseline = outcomes.get(provider.judged_by)
-    if baseline is None or baseline.error is None or not baseline.ok:
-        return parity.Verdict(False, f"nothing to judge it by: {provider.judged_by} did not pass")
-    return parity.judge(error, dtype, baseline.error)
+    baseline: Mapping[str, parity.Error] = {}
+    if provider.judged_by != provider.name:
+        judge = outcomes.get(provider.judged_by)
+        if judge is None or not judge.ok or not judge.errors:
+            return parity.Verdict(False, f"nothing to judge it by: {provider.judged_by} did not pass")
+        baseline = judge.errors
+    for name, error in errors.items():
+        verdict = parity.judge(error, dtype, baseline.get(name))
+        if not verdict.ok:
+            return verdict if len(errors) == 1 else parity.Verdict(False, f"{name}: {verdict.reason}")
+    return parity.Verdict(True)
 
 
 def _config(case: ModelCase) -> EncoderConfig:

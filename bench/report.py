@@ -6,17 +6,29 @@ The JSON is an object::
     kind       "model"
     machine    cpu, cores, threads, isa, gpu, system, python, torch, beit3_fast, git_revision (null outside a checkout)
     settings   device, rounds
+    roofs      matrix_gflop_s: an object with one number a dtype, measured on this machine
     results    one object a case:
-      case       name, size, batch, image_size, text_tokens, text_lengths (valid tokens per sample), dtype, truth
-      ok         every provider ran and passed
+      case       name, size, batch, image_size, text_tokens, text_lengths (valid tokens per sample), dtype, truth,
+                 task ("forward", "training" or "captioning")
+      ok         everybody who is no peer ran and passed, or the case was skipped
+      skipped    null, or why the case was not run
+      flops      null, or the operations of the matrix products on tokens that are no padding
+      baseline   the provider over which speedup is given
+      ours       null, or our fastest entry that passed
+      best_other null, or the fastest of the others that computes in the case's dtype and passed
       providers  one object each:
         name
-        failure    null, or why it did not run
+        peer       true if it may fail
+        missing    null, or why it cannot take part
+        failure    null, or what it raised
         error      null, or maximum and rms (relative to the truth's largest magnitude and RMS), absolute
         parity     "passed", "failed", or null when it did not run
         reason     null, or the bound that was broken
         time_ms    null, or median, low, high, rounds (every round's time, in order)
-        speedup    null, or median, low, high of the per-round ratio reference / provider
+        roof       null, or the share of the machine's rate of matrix products in the provider's dtype, 1 = reached
+        speedup    null, or median, low, high of the per-round ratio baseline / provider
+        ours_faster null, or median, low, high of the per-round ratio provider / ours
+        memory     null, or peak and held (of it weights, gradients and Adam's moments), bytes, of a training step
 
 ``low`` and ``high`` are the ends of a 95 % confidence interval of the median. Numbers are finite: where an output was
 not, its error is null and its parity "failed".
@@ -34,9 +46,10 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from .cases import ModelCase
-from .model import BASELINE, CaseResult, Outcome
-from .timing import Estimate, Timing
+from .cases import CAPTION_BEAMS, CAPTION_TOKENS, ModelCase
+from .model import CaseResult, Outcome
+from .roofs import Roofs
+from .timing import Estimate
 
 SCHEMA = 1
 
@@ -57,21 +70,48 @@ def header(machine: Mapping[str, Any], settings: Mapping[str, Any]) -> Renderabl
     return Panel("\n".join(lines), expand=False)
 
 
-def table(result: CaseResult) -> Table:
-    """One case's outcomes."""
+def table(result: CaseResult, roofs: Roofs) -> Table:
+    """One case's outcomes; who cannot take part comes last."""
     case = result.case
     title = f"{case.name}: {describe(case)}"
-    shown = Table(title=title, title_justify="left", title_style="bold", caption_justify="left")
-    shown.caption = f"errors against reference PyTorch in {_dtype(case.truth)}, relative to its size"
+    shown = Table(title=title, title_justify="left", title_style="bold", caption_justify="left", min_width=len(title))
+    shown.caption = _caption(result)
     shown.add_column("provider")
     shown.add_column("max error", justify="right")
     shown.add_column("rms error", justify="right")
     shown.add_column("parity")
     shown.add_column("time", justify="right")
+    if result.flops is not None:
+        shown.add_column("of roof", justify="right")
+    if result.memory:
+        shown.add_column("peak memory", justify="right")
     shown.add_column("speed-up", justify="right")
-    for outcome in result.outcomes:
-        shown.add_row(*_row(outcome, result.timing))
+    shown.add_column("ours is faster by", justify="right")
+    if result.skipped is not None:
+        shown.add_row(Text(f"skipped: {result.skipped}", style="yellow"))
+    for outcome in sorted(result.outcomes, key=lambda outcome: outcome.missing is not None):
+        shown.add_row(*_row(outcome, result, roofs))
     return shown
+
+
+def _caption(result: CaseResult) -> str:
+    lines = [
+        f"errors against reference PyTorch in {_dtype(result.case.truth)}, relative to its size; "
+        f"speed-up over {result.baseline}"
+    ]
+    if result.flops is not None:
+        lines.append(f"of roof: {result.flops / 1e9:,.4g} GFLOP of useful products over the machine's own rate")
+    ratio = _ours_faster(result.best_other, result)
+    if ratio is not None:
+        best = f"best of the others in {_dtype(result.case.dtype)}: {result.best_other}"
+        lines.append(f"{best}; {result.ours} runs at {interval(ratio)} its speed")
+    ours, other = result.memory.get(result.ours), result.memory.get(result.best_other)
+    if ours is not None and other is not None:
+        lines.append(
+            f"{ours.held / 1e9:.3g} GB of the peak are weights, gradients and Adam's moments; beyond them "
+            f"{result.ours} takes {(ours.peak - ours.held) / (other.peak - other.held):.2f}x of {result.best_other}'s"
+        )
+    return "\n".join(lines)
 
 
 def describe(case: ModelCase) -> str:
@@ -83,23 +123,33 @@ def describe(case: ModelCase) -> str:
         valid = sum(case.lengths()) / case.batch
         padded = f" ({valid:.3g} valid on average)" if case.text_lengths else ", none padded"
         parts.append(f"{case.text_tokens} text tokens{padded}")
+    if case.task == "training":
+        parts.append("training step")
+    if case.task == "captioning":
+        parts.append(f"{CAPTION_BEAMS} beams to {CAPTION_TOKENS} tokens")
     return ", ".join([*parts, _dtype(case.dtype)])
 
 
-def _row(outcome: Outcome, timing: Timing | None) -> list[RenderableType]:
-    if outcome.error is None or outcome.verdict is None:
-        return [outcome.provider, "", "", Text(f"did not run: {outcome.failure}", style="red"), "", ""]
-    errors = [f"{outcome.error.maximum:.1e}", f"{outcome.error.rms:.1e}"]
+def _row(outcome: Outcome, result: CaseResult, roofs: Roofs) -> list[RenderableType]:
+    if outcome.missing is not None:
+        return [Text(outcome.provider, style="dim"), "", "", Text(f"not run: {outcome.missing}", style="dim")]
+    error, timing = outcome.error, result.timing
+    errors = ["", ""] if error is None else [f"{error.maximum:.1e}", f"{error.rms:.1e}"]
+    if outcome.failure is not None or outcome.verdict is None:
+        return [outcome.provider, *errors, Text(f"did not run: {outcome.failure}", style="red")]
     if not outcome.ok or timing is None:
-        return [outcome.provider, *errors, Text(f"FAILED: {outcome.verdict.reason}", style="bold red"), "none", "none"]
-    speedup = _speedup(outcome.provider, timing)
-    return [
-        outcome.provider,
-        *errors,
-        Text("passed", style="green"),
-        f"{milliseconds(timing.time(outcome.provider).median)} ms",
-        "" if speedup is None else interval(speedup),
-    ]
+        return [outcome.provider, *errors, Text(f"FAILED: {outcome.verdict.reason}", style="bold red"), "none"]
+    cells: list[RenderableType] = [outcome.provider, *errors, Text("passed", style="green")]
+    cells.append(f"{milliseconds(timing.time(outcome.provider).median)} ms")
+    if result.flops is not None:
+        share = _roof(outcome, result, roofs)
+        cells.append("" if share is None else f"{100 * share:.0f}%")
+    if result.memory:
+        memory = result.memory.get(outcome.provider)
+        cells.append("" if memory is None else f"{memory.peak / 1e9:.2f} GB")
+    for ratio in (_speedup(outcome.provider, result), _ours_faster(outcome.provider, result)):
+        cells.append("" if ratio is None else interval(ratio))
+    return cells
 
 
 def interval(estimate: Estimate) -> str:
@@ -113,18 +163,21 @@ def milliseconds(nanoseconds: float) -> str:
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
-def document(results: Sequence[CaseResult], machine: Mapping[str, Any], settings: Mapping[str, Any]) -> dict[str, Any]:
+def document(
+    results: Sequence[CaseResult], roofs: Roofs, machine: Mapping[str, Any], settings: Mapping[str, Any]
+) -> dict[str, Any]:
     """The JSON of a run; the module's docstring describes it."""
     return {
         "schema": SCHEMA,
         "kind": "model",
         "machine": dict(machine),
         "settings": dict(settings),
-        "results": [_result(result) for result in results],
+        "roofs": {"matrix_gflop_s": {_dtype(dtype): rate / 1e9 for dtype, rate in roofs.matrix.items()}},
+        "results": [_result(result, roofs) for result in results],
     }
 
 
-def _result(result: CaseResult) -> dict[str, Any]:
+def _result(result: CaseResult, roofs: Roofs) -> dict[str, Any]:
     case = {
         **asdict(result.case),
         "text_lengths": result.case.lengths() if result.case.text_tokens is not None else None,
@@ -134,37 +187,62 @@ def _result(result: CaseResult) -> dict[str, Any]:
     return {
         "case": case,
         "ok": result.ok,
-        "providers": [_provider(outcome, result.timing) for outcome in result.outcomes],
+        "skipped": result.skipped,
+        "flops": result.flops,
+        "baseline": result.baseline,
+        "ours": result.ours,
+        "best_other": result.best_other,
+        "providers": [_provider(outcome, result, roofs) for outcome in result.outcomes],
     }
 
 
-def _provider(outcome: Outcome, timing: Timing | None) -> dict[str, Any]:
+def _provider(outcome: Outcome, result: CaseResult, roofs: Roofs) -> dict[str, Any]:
     error = None
     if outcome.error is not None and all(map(math.isfinite, asdict(outcome.error).values())):
         error = asdict(outcome.error)
-    parity = None if outcome.verdict is None else ("passed" if outcome.ok else "failed")
-    time_ms = speedup = None
-    if outcome.ok and timing is not None:
-        rounds = [nanoseconds / 1e6 for nanoseconds in timing.rounds[outcome.provider]]
-        estimate = timing.time(outcome.provider)
+    parity = None if outcome.verdict is None else ("passed" if outcome.verdict.ok else "failed")
+    time_ms = speedup = ours_faster = None
+    if outcome.ok and result.timing is not None:
+        rounds = [nanoseconds / 1e6 for nanoseconds in result.timing.rounds[outcome.provider]]
+        estimate = result.timing.time(outcome.provider)
         time_ms = {name: nanoseconds / 1e6 for name, nanoseconds in asdict(estimate).items()} | {"rounds": rounds}
-        ratio = _speedup(outcome.provider, timing)
-        speedup = None if ratio is None else asdict(ratio)
+        speedup, ours_faster = _speedup(outcome.provider, result), _ours_faster(outcome.provider, result)
+    memory = result.memory.get(outcome.provider)
     return {
         "name": outcome.provider,
+        "peer": outcome.peer,
+        "missing": outcome.missing,
         "failure": outcome.failure,
         "error": error,
         "parity": parity,
         "reason": (outcome.verdict.reason or None) if outcome.verdict else None,
         "time_ms": time_ms,
-        "speedup": speedup,
+        "roof": _roof(outcome, result, roofs),
+        "speedup": None if speedup is None else asdict(speedup),
+        "ours_faster": None if ours_faster is None else asdict(ours_faster),
+        "memory": None if memory is None else asdict(memory),
     }
 
 
-def _speedup(provider: str, timing: Timing | None) -> Estimate | None:
-    if timing is None or provider == BASELINE or BASELINE not in timing.rounds:
+def _roof(outcome: Outcome, result: CaseResult, roofs: Roofs) -> float | None:
+    """Useful operations a second over the machine's rate; None where there is no time or no count."""
+    rate = None if outcome.dtype is None else roofs.matrix.get(outcome.dtype)
+    if not outcome.ok or result.timing is None or result.flops is None or rate is None:
         return None
-    return timing.speedup(provider, over=BASELINE)
+    return result.flops / (result.timing.time(outcome.provider).median * 1e-9) / rate
+
+
+def _speedup(provider: str, result: CaseResult) -> Estimate | None:
+    timing = result.timing
+    if timing is None or provider == result.baseline or result.baseline not in timing.rounds:
+        return None
+    return timing.speedup(provider, over=result.baseline)
+
+
+def _ours_faster(provider: str | None, result: CaseResult) -> Estimate | None:
+    if result.timing is None or provider is None or result.ours is None or provider == result.ours:
+        return None
+    return result.timing.speedup(result.ours, over=provider)
 
 
 def count(number: Any, what: str) -> str:

@@ -150,6 +150,8 @@ def test_exit_code_tells_whether_parity_held(passed, code, monkeypatch, tmp_path
     bench_options, demo_options = seen
     assert bench_options == {
         "cases": ("a", "b"),
+        "providers": (),
+        "peers": False,
         "quick": True,
         "batch": 3,
         "rounds": 7,

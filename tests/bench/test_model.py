@@ -11,6 +11,7 @@ import pytest
 import torch
 from beit3_fast.bench.cases import MODEL_CASES, ModelCase, select
 from beit3_fast.bench.report import describe
+from beit3_fast.bench.roofs import Roofs
 from oracles import public as oracle
 
 from beit3_fast.models import BEiT3, EncoderConfig
@@ -25,6 +26,7 @@ CASES = {
     "bfloat16": replace(PADDED, dtype=torch.bfloat16),
     "bfloat16 against float32": replace(PADDED, dtype=torch.bfloat16, truth=torch.float32),
 }
+ROOFS = Roofs(1e9, {torch.float32: 2e12, torch.bfloat16: 4e12})
 TOY = {
     "encoder_embed_dim": 64,
     "encoder_attention_heads": 4,
@@ -38,6 +40,7 @@ TOY = {
 def toy(monkeypatch):
     monkeypatch.setattr(model, "_config", lambda case: EncoderConfig(**TOY, img_size=case.image_size or 32))
     monkeypatch.setattr(command, "select", lambda names, **options: [PADDED])
+    monkeypatch.setattr(command, "measure_roofs", lambda device, dtypes: ROOFS)
 
 
 def wrong(name, change):
@@ -54,15 +57,15 @@ def wrong(name, change):
 def test_a_case_runs_and_everyone_passes(name):
     case = CASES[name]
     result = model.run_case(case, model.providers(), device=CPU, rounds=6)
-    assert [outcome.provider for outcome in result.outcomes] == ["reference", "reference, autocast", "beit3_fast"]
-    assert [outcome.verdict.reason for outcome in result.outcomes] == ["", "", ""]
+    names = ["reference", "reference, autocast", "beit3_fast", "beit3_fast, optimized"]
+    assert [outcome.provider for outcome in result.outcomes] == names
+    assert [outcome.verdict.reason for outcome in result.outcomes] == ["", "", "", ""]
     assert result.ok
-    assert {name: len(times) for name, times in result.timing.rounds.items()} == dict.fromkeys(
-        ["reference", "reference, autocast", "beit3_fast"], 6
-    )
+    assert {name: len(times) for name, times in result.timing.rounds.items()} == dict.fromkeys(names, 6)
     errors = {outcome.provider: outcome.error.maximum for outcome in result.outcomes}
     low, high = (1e-8, 2e-6) if case.dtype == torch.float32 else (1e-4, 4e-2)
     assert low < errors["beit3_fast"] < high
+    assert low < errors["beit3_fast, optimized"] < high
     assert 1e-4 < errors["reference, autocast"] < 4e-2
 
 
@@ -194,8 +197,9 @@ def test_command_prints_and_keeps_everything(tmp_path, capsys):
     assert (kept["schema"], kept["kind"]) == (1, "model")
     assert kept["settings"] == {"device": "cpu", "rounds": 6}
     assert kept["machine"]["torch"] == torch.__version__
+    assert kept["roofs"] == {"matrix_gflop_s": {"float32": 2000, "bfloat16": 4000}}
     (result,) = kept["results"]
-    assert result["ok"] is True
+    assert (result["ok"], result["skipped"], result["baseline"]) == (True, None, "reference")
     assert result["case"] == {
         "name": "toy-joint",
         "size": "base",
@@ -205,22 +209,46 @@ def test_command_prints_and_keeps_everything(tmp_path, capsys):
         "text_lengths": [4, 10, 7],
         "dtype": "float32",
         "truth": "float64",
+        "task": "forward",
     }
-    reference, _, ours = result["providers"]
-    assert set(ours) == {"name", "failure", "error", "parity", "reason", "time_ms", "speedup"}
+    by_name = {provider["name"]: provider for provider in result["providers"]}
+    reference = by_name["reference"]
+    ours = by_name[result["ours"]]
+    assert set(ours) == {
+        "name",
+        "peer",
+        "missing",
+        "failure",
+        "error",
+        "parity",
+        "reason",
+        "time_ms",
+        "roof",
+        "speedup",
+        "ours_faster",
+        "memory",
+    }
     assert reference["speedup"] is None
+    assert ours["ours_faster"] is None
+    assert reference["ours_faster"] == ours["speedup"]
     assert reference["parity"] == "passed"
+    assert ours["roof"] == pytest.approx(result["flops"] / (ours["time_ms"]["median"] * 1e-3) / 2e12)
+    autocast = by_name["reference, autocast"]
+    assert autocast["roof"] == pytest.approx(result["flops"] / (autocast["time_ms"]["median"] * 1e-3) / 4e12)
     pairs = zip(reference["time_ms"]["rounds"], ours["time_ms"]["rounds"], strict=True)
     ratios = sorted(slow / fast for slow, fast in pairs)
     assert ours["speedup"]["median"] == pytest.approx((ratios[2] + ratios[3]) / 2)
     assert (ours["speedup"]["low"], ours["speedup"]["high"]) == pytest.approx((ratios[0], ratios[-1]))
     assert ours["time_ms"]["low"] <= ours["time_ms"]["median"] <= ours["time_ms"]["high"]
+    # an autocast's speed is no answer to a float32 case
+    assert result["best_other"] == "reference"
+    assert "best of the others in float32: reference" in printed
 
 
 @pytest.mark.parametrize("change", [torch.zeros_like, lambda out: out / 0])
 def test_command_refuses_a_speed_for_a_wrong_result(change, tmp_path, capsys, monkeypatch):
     spoilt = wrong("beit3_fast", change)
-    monkeypatch.setattr(model, "providers", lambda compiled: [model.REFERENCE, spoilt])
+    monkeypatch.setattr(model, "providers", lambda: [model.REFERENCE, spoilt])
     assert not command.model(rounds=6, device="cpu", json_file=tmp_path / "out.json")
     assert "FAILED: maximum error" in capsys.readouterr().out
     _, broken = json.loads((tmp_path / "out.json").read_text())["results"][0]["providers"]

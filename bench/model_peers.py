@@ -1,0 +1,251 @@
+"""The peers of ``bench model``: the public code, and the inference engines people would turn to instead.
+
+An engine gets reference PyTorch's module with the case's weights, in the form that it can run: every text padded to
+the same length, with the padding mask. Converting, compiling and packing weights come before the timing; threads are
+those of the run. Adding a peer is adding an entry to ``PEERS``.
+
+An engine is tried on a toy model in a process of its own first: one that crashes there, as some do on some processors,
+is missing from the run and does not end it. ``python -m beit3_fast.bench.model_peers NAME DTYPE`` is that process.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import signal
+import subprocess
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beit3_fast.models import EncoderConfig
+
+from .cases import ModelCase, check_known
+from .model import Provider, Run, Setup, in_bfloat16, under_autocast
+
+TRIAL_SECONDS = 600
+TRIAL = ModelCase("trial", "base", 2, 32, 6, (4, 6))
+TRIAL_CONFIG: dict[str, Any] = {
+    "encoder_embed_dim": 64,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_embed_dim": 128,
+    "encoder_layers": 1,
+    "vocab_size": 100,
+    "img_size": 32,
+}
+
+Missing = Callable[[ModelCase, torch.device], "str | None"]
+
+
+# ---- the public code ----
+
+
+def quietly_import(name: str) -> Any:
+    """A module of the public code; timm warns that two paths that it imports have moved."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        return importlib.import_module(name)
+
+
+def public_config(config: EncoderConfig) -> Any:
+    """Torchscale's own configuration of the same model."""
+    make = quietly_import("torchscale.architecture.config").EncoderConfig
+    ours = {field.name: getattr(config, field.name) for field in fields(config)}
+    options = {name: value for name, value in ours.items() if name in vars(make())}
+    return make(**options, multiway=True, no_output_layer=True, layernorm_embedding=False)
+
+
+def public_backbone(config: EncoderConfig) -> nn.Module:
+    """Torchscale's BEiT3."""
+    return quietly_import("torchscale.model.BEiT3").BEiT3(public_config(config))
+
+
+def _public(setup: Setup) -> Run:
+    backbone = setup.build(public_backbone)
+    return lambda: setup.inputs.call(backbone)
+
+
+def _public_autocast(setup: Setup) -> Run:
+    return under_autocast(setup.build(public_backbone, torch.float32), setup)
+
+
+# ---- engines ----
+
+
+class _Positional(nn.Module):
+    """A backbone as engines want it: tensors in by position, one tensor out."""
+
+    def __init__(self, backbone: nn.Module, names: list[str]) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.names = names
+
+    def forward(self, *tensors: Tensor) -> Tensor:
+        return self.backbone(**dict(zip(self.names, tensors, strict=True)))["encoder_out"]
+
+
+def _positional(setup: Setup, dtype: torch.dtype) -> tuple[nn.Module, tuple[Tensor, ...]]:
+    given = {name: tensor for name, tensor in vars(setup.inputs.to(dtype)).items() if tensor is not None}
+    return _Positional(setup.reference(dtype), list(given)).eval(), tuple(given.values())
+
+
+def _openvino(setup: Setup) -> Run:
+    """In float32 weights; a bfloat16 case asks the engine to compute in bfloat16."""
+    import openvino
+
+    module, tensors = _positional(setup, torch.float32)
+    with warnings.catch_warnings():  # of tracing: that sizes and the split become constants, as they should
+        warnings.simplefilter("ignore")
+        converted = openvino.convert_model(module, example_input=tensors)
+    converted.reshape({index: list(tensor.shape) for index, tensor in enumerate(tensors)})
+    precision = "bf16" if setup.case.dtype == torch.bfloat16 else "f32"
+    options = {
+        "PERFORMANCE_HINT": "LATENCY",
+        "INFERENCE_PRECISION_HINT": precision,
+        "INFERENCE_NUM_THREADS": torch.get_num_threads(),
+    }
+    request = openvino.compile_model(converted, "CPU", options).create_infer_request()
+    arrays = [tensor.numpy() for tensor in tensors]
+
+    def run() -> Tensor:
+        return torch.from_numpy(request.infer(arrays, share_inputs=True, share_outputs=True)[0])
+
+    return run
+
+
+def _onnxruntime(setup: Setup) -> Run:
+    import onnxruntime
+
+    module, tensors = _positional(setup, torch.float32)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    options.graph_optimization_level = onnxruntime.GraphOptimizationLevel.ORT_ENABLE_ALL
+    # its threads go on spinning after a run, in the time of whoever runs next
+    options.add_session_config_entry("session.force_spinning_stop", "1")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            torch.onnx.export(module, tensors, file, opset_version=18, dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+    arrays = dict(zip((given.name for given in session.get_inputs()), (t.numpy() for t in tensors), strict=True))
+    return lambda: torch.from_numpy(session.run(None, arrays)[0])
+
+
+def _zentorch(setup: Setup) -> Run:
+    import torch._inductor.config
+    import zentorch  # noqa: F401  (registers the backend)
+
+    torch.compiler.reset()  # graphs of earlier cases count towards the limit on recompilations
+    module, tensors = _positional(setup, setup.case.dtype)
+    compiled = torch.compile(module, backend="zentorch", dynamic=False)
+    # as with TORCHINDUCTOR_FREEZING=1; the first call compiles
+    with torch._inductor.config.patch(freezing=True), setup.running():
+        compiled(*tensors)
+    return lambda: compiled(*tensors)
+
+
+# ---- who can take part ----
+
+
+def _package(name: str, install: str) -> Missing:
+    def missing(case: ModelCase, device: torch.device) -> str | None:
+        return None if find_spec(name) else f"{name} is not installed (pip install {install})"
+
+    return missing
+
+
+def _bfloat16_case(case: ModelCase, device: torch.device) -> str | None:
+    return None if case.dtype == torch.bfloat16 else "computes in bfloat16, the case is in float32"
+
+
+def _float32_case(case: ModelCase, device: torch.device) -> str | None:
+    return None if case.dtype == torch.float32 else "has no bfloat16 on a CPU"
+
+
+def _cpu(case: ModelCase, device: torch.device) -> str | None:
+    return None if device.type == "cpu" else "is measured on a CPU alone"
+
+
+def _survives(name: str) -> Missing:
+    def missing(case: ModelCase, device: torch.device) -> str | None:
+        return _trial(name, str(case.dtype).removeprefix("torch."))
+
+    return missing
+
+
+def _first(*reasons: Missing) -> Missing:
+    """The first reason against taking part."""
+
+    def missing(case: ModelCase, device: torch.device) -> str | None:
+        return next(filter(None, (reason(case, device) for reason in reasons)), None)
+
+    return missing
+
+
+def _engine(name: str, *reasons: Missing) -> Missing:
+    return _first(_cpu, *reasons, _package(name, "'beit3_fast[peers]'"), _survives(name))
+
+
+@functools.cache
+def _trial(name: str, dtype: str) -> str | None:
+    """Runs an engine on a toy model in a process of its own; why it cannot be used, None if it can."""
+    command = [sys.executable, "-m", "beit3_fast.bench.model_peers", name, dtype]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TRIAL_SECONDS)
+    except subprocess.TimeoutExpired:
+        return f"did not finish a toy model in {TRIAL_SECONDS} s"
+    if done.returncode < 0:
+        return f"crashed on a toy model: {signal.Signals(-done.returncode).name}"
+    if done.returncode:
+        return "cannot run a toy model: " + next(iter(done.stderr.strip().splitlines()[-1:]), "no message")
+    return None
+
+
+def try_out(name: str, dtype: str) -> None:
+    """Builds the engine for a toy model and runs it once.
+
+    Raises:
+        ValueError: an unknown name, or a result that is not finite.
+        Exception: whatever the engine raises.
+    """
+    check_known("provider", name, [provider.name for provider in PEERS])
+    (provider,) = (provider for provider in PEERS if provider.name == name)
+    case = ModelCase(**{**vars(TRIAL), "dtype": getattr(torch, dtype)})
+    setup = Setup(case, torch.device("cpu"), EncoderConfig(**TRIAL_CONFIG))
+    with torch.no_grad():
+        run = provider.build(setup)
+    with setup.running():
+        out = setup.valid(run())
+    if not out.isfinite().all():
+        raise ValueError(f"{name} gave values that are not finite")
+
+
+_TORCHSCALE = _package("torchscale", "--no-deps torchscale==0.3.0 fairscale timm")
+
+PEERS = (
+    Provider("public", _public, missing=_TORCHSCALE, peer=True),
+    Provider(
+        "public, autocast",
+        _public_autocast,
+        judged_by="public, autocast",
+        computes_in=in_bfloat16,
+        missing=_first(_bfloat16_case, _TORCHSCALE),
+        peer=True,
+    ),
+    Provider("openvino", _openvino, missing=_engine("openvino"), peer=True),
+    Provider("onnxruntime", _onnxruntime, missing=_engine("onnxruntime", _float32_case), peer=True),
+    Provider("zentorch", _zentorch, missing=_engine("zentorch"), peer=True),
+)
+
+
+if __name__ == "__main__":
+    try_out(*sys.argv[1:])

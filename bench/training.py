@@ -1,0 +1,165 @@
+"""Training in ``bench model``: a step of forward, backward and AdamW, and the memory that it takes.
+
+Right is who has the gradients of reference PyTorch in float64. The gradient of the output is random, and zero at
+padded positions. Models have no dropout and no drop path, so that everybody computes the same.
+
+Memory is the resident memory of a process of its own that makes one step after another and nothing else.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import json
+import pickle
+import re
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from beit3_fast.models import BEiT3, EncoderConfig, released_gradients
+
+from . import model, parity, reference
+from .cases import ModelCase
+from .model import BASELINE, OURS, Provider, Run
+from .model_peers import PEERS as FORWARD_PEERS
+from .model_peers import TRIAL, TRIAL_CONFIG, public_backbone
+
+LEARNING_RATE = 1e-5
+LEAST_SCALE = 1e-3
+"""Of the largest gradient. What a key's bias adds to all of a query's scores, the softmax takes away: its gradient is a
+sum that cancels, and its rounding error is measured on this scale rather than on its own."""
+
+Gradients = Callable[[], "dict[str, Tensor]"]
+"""The gradients of the last step by released key."""
+
+
+class Setup(model.Setup):
+    """A backbone in training."""
+
+    def __init__(self, case: ModelCase, device: torch.device, config: EncoderConfig | None = None) -> None:
+        super().__init__(case, device, config)
+        vision = 0 if case.image_size is None else (case.image_size // self.config.patch_size) ** 2 + 1
+        shape = case.batch, vision + (case.text_tokens or 0), self.config.encoder_embed_dim
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(device)
+        self.gradient = gradient * self.meaningful(gradient).unsqueeze(-1)
+
+    def running(self) -> contextlib.AbstractContextManager[Any]:
+        return contextlib.nullcontext()
+
+    def truth(self) -> dict[str, Tensor]:
+        backbone = self.build_reference(self.case.truth)
+        _forward_and_backward(self, backbone)
+        return _gradients(backbone)
+
+    def errors(self, output: Gradients, truth: dict[str, Tensor]) -> dict[str, parity.Error]:
+        """Of all gradients together: each on its own scale, the largest and the root mean square over parameters."""
+        found = output()
+        if found.keys() != truth.keys():
+            raise ValueError(f"gradients must be those of {len(truth)} parameters, got {len(found)}")
+        errors = {name: parity.error(found[name], gradient) for name, gradient in truth.items()}
+        largest = {name: gradient.abs().max().item() for name, gradient in truth.items()}
+        sizes = {name: gradient.square().mean().sqrt().item() for name, gradient in truth.items()}
+        maxima = [_rescaled(errors[n].maximum, largest[n], max(largest.values())) for n in truth]
+        squares = torch.tensor([_rescaled(errors[n].rms, sizes[n], max(sizes.values())) for n in truth]).square()
+        return {
+            "gradients": parity.Error(
+                torch.tensor(maxima).max().item(),  # keeps a NaN
+                squares.mean().sqrt().item(),
+                torch.tensor([error.absolute for error in errors.values()]).max().item(),
+            )
+        }
+
+
+def _rescaled(error: float, scale: float, largest: float) -> float:
+    return error * scale / max(scale, LEAST_SCALE * largest)
+
+
+def _forward_and_backward(setup: Setup, backbone: nn.Module) -> None:
+    out = setup.inputs.to(next(backbone.parameters()).dtype).call(backbone)
+    out.backward(setup.gradient.to(out.dtype))
+
+
+def _gradients(backbone: nn.Module) -> dict[str, Tensor]:
+    return {name: gradient for name, gradient in released_gradients(backbone).items() if gradient is not None}
+
+
+def _step(setup: Setup, make: Callable[[EncoderConfig], nn.Module]) -> Run:
+    backbone = setup.build(make).train().requires_grad_()
+    optimizer = torch.optim.AdamW(backbone.parameters(), lr=LEARNING_RATE)
+
+    def run() -> Gradients:
+        optimizer.zero_grad()
+        _forward_and_backward(setup, backbone)
+        optimizer.step()
+        return lambda: _gradients(backbone)
+
+    return run
+
+
+_PUBLIC = next(peer for peer in FORWARD_PEERS if peer.name == "public")
+BACKBONES: dict[str, Callable[[EncoderConfig], nn.Module]] = {
+    BASELINE: reference.BEiT3,
+    OURS.name: BEiT3,
+    _PUBLIC.name: public_backbone,
+}
+OWN = [Provider(name, lambda setup, make=BACKBONES[name]: _step(setup, make)) for name in (BASELINE, OURS.name)]
+PEERS = [replace(_PUBLIC, build=lambda setup: _step(setup, public_backbone))]
+
+
+# ---- memory ----
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes: ``peak`` the most in a step; ``held`` what of it is weights, gradients and Adam's moments, which do not
+    depend on who computes."""
+
+    peak: int
+    held: int
+
+
+def memory(case: ModelCase, config: EncoderConfig, name: str) -> Memory | None:
+    """What the provider of that name takes for a step on the CPU, beyond an idle process; None where the system does
+    not tell, or the process failed."""
+    given = pickle.dumps((case, config, name, torch.get_num_threads()))
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "beit3_fast.bench.training"], input=given, capture_output=True, check=True
+        )
+    except subprocess.CalledProcessError:  # killed for memory, no /proc: the times stand without it
+        return None
+    return Memory(**json.loads(done.stdout.splitlines()[-1]))
+
+
+def _measure(case: ModelCase, config: EncoderConfig, name: str, threads: int) -> Memory:
+    torch.set_num_threads(threads)
+    device = torch.device("cpu")
+    _step(Setup(TRIAL, device, EncoderConfig(**TRIAL_CONFIG)), BACKBONES[name])()  # imports what a step imports
+    idle = _resident("VmRSS")
+    setup = Setup(case, device, config)
+    step = _step(setup, BACKBONES[name])
+    held = 4 * sum(tensor.nbytes for tensor in setup.weights.values())  # weights, gradients, two moments
+    setup.weights.clear()
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # forgets the peak so far
+    for _ in range(2):  # the second one with all moments in place
+        step()
+    return Memory(_resident("VmHWM") - idle, held)
+
+
+def _resident(field: str) -> int:
+    found = re.search(rf"{field}:\s+(\d+) kB", Path("/proc/self/status").read_text())
+    if found is None:
+        raise OSError(f"/proc/self/status has no {field}")
+    return int(found[1]) * 1024
+
+
+if __name__ == "__main__":  # what memory() starts
+    print(json.dumps(asdict(_measure(*pickle.loads(sys.stdin.buffer.read())))))
