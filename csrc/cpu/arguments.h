@@ -10,12 +10,21 @@
 #include <memory>
 #include <new>
 #include <string>
+#include <type_traits>
 #include <vector>
+
+#include "element.h"
 
 namespace beit3_fast::cpu {
 
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
+
+template <class T>
+constexpr ScalarType dtype_of = std::is_same_v<T, double>     ? ScalarType::Double
+                                : std::is_same_v<T, float>    ? ScalarType::Float
+                                : std::is_same_v<T, bfloat16> ? ScalarType::BFloat16
+                                                              : ScalarType::Half;
 
 inline std::string shape_of(const Tensor& tensor) {
   std::string text = "(";

@@ -69,12 +69,6 @@ template <class A>
 using RowAffine = void (*)(const A* values, A mean, A rstd, const void* weight, const void* bias, void* y,
                            int64_t width);
 
-template <class T>
-constexpr ScalarType dtype_of = std::is_same_v<T, double>     ? ScalarType::Double
-                                : std::is_same_v<T, float>    ? ScalarType::Float
-                                : std::is_same_v<T, bfloat16> ? ScalarType::BFloat16
-                                                              : ScalarType::Half;
-
 // The kernel for t of type T. float32 can also be the sum of a half-precision x and a float32 residual.
 template <class T>
 RowStatistics<accumulate_t<T>> statistics_kernel(ScalarType x, bool has_residual, Isa isa) {

@@ -16,12 +16,6 @@ using Outputs = std::tuple<Tensor, Tensor, Tensor>;
 
 constexpr int64_t least_block = 32, most_blocks = 64;  // of rows; of an expert
 
-template <class T>
-constexpr ScalarType dtype_of = std::is_same_v<T, double>     ? ScalarType::Double
-                                : std::is_same_v<T, float>    ? ScalarType::Float
-                                : std::is_same_v<T, bfloat16> ? ScalarType::BFloat16
-                                                              : ScalarType::Half;
-
 // Rows of one expert whose parameter gradients are summed together.
 struct Block {
   int64_t expert, first, end;

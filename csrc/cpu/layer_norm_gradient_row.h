@@ -5,24 +5,6 @@
 // and the row's part of dweight, dy * h, and of dbias, dy, added to the sums of a block of rows. Included through
 // foreach_isa.h, once for each instruction set: no include guard.
 
-template <class V, class T>
-BEIT3_INLINE void load_lanes(V& out, const T* from, int64_t count) {
-  if (count >= lanes<accumulate_t<T>>) {
-    load(out, from);
-  } else {
-    load_partial(out, from, count);
-  }
-}
-
-template <class V, class T>
-BEIT3_INLINE void store_lanes(T* to, const V& value, int64_t count, int64_t all) {
-  if (count >= all) {
-    store(to, value);
-  } else {
-    store_partial(to, value, count);
-  }
-}
-
 // T is the type of dy, t, dt and the residual gradient (null if there is none); W that of weight. The sums have
 // room for whole vectors.
 template <class T, class W, class A = accumulate_t<T>>
@@ -39,9 +21,9 @@ void row_gradient(const void* dy_row, const void* t_row, const void* weight_row,
   Vector<A> sum_g[2] = {}, sum_gh[2] = {};
   for (int64_t i = 0; i < width; i += step) {
     Vector<A> upstream, h, w, sum;
-    load_lanes(upstream, dy + i, width - i);
-    load_lanes(h, t + i, width - i);
-    load_lanes(w, weight + i, width - i);
+    load_up_to(upstream, dy + i, width - i);
+    load_up_to(h, t + i, width - i);
+    load_up_to(w, weight + i, width - i);
     h = (h - mean) * rstd;
     const Vector<A> g = upstream * w;
     const int64_t chain = i / step % 2;
@@ -56,16 +38,16 @@ void row_gradient(const void* dy_row, const void* t_row, const void* weight_row,
   const A mean_gh = sum_lanes<A>(sum_gh[0] + sum_gh[1]) / static_cast<A>(width);
   for (int64_t i = 0; i < width; i += step) {
     Vector<A> upstream, h, w;
-    load_lanes(upstream, dy + i, width - i);
-    load_lanes(h, t + i, width - i);
-    load_lanes(w, weight + i, width - i);
+    load_up_to(upstream, dy + i, width - i);
+    load_up_to(h, t + i, width - i);
+    load_up_to(w, weight + i, width - i);
     h = (h - mean) * rstd;
     Vector<A> gradient = (upstream * w - mean_g - h * mean_gh) * rstd;
     if (residual != nullptr) {
       Vector<A> past;
-      load_lanes(past, residual + i, width - i);
+      load_up_to(past, residual + i, width - i);
       gradient += past;
     }
-    store_lanes(dt + i, gradient, width - i, step);
+    store_up_to(dt + i, gradient, width - i);
   }
 }

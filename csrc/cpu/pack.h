@@ -63,26 +63,6 @@ Matrix<Word> panels_matrix(Word* data, int64_t depth) {
 
 // ---- gathering a vector of words; what lies outside is zero ----
 
-template <class V, class T>
-BEIT3_INLINE void load_up_to(V& out, const T* from, int64_t count) {
-  if (count >= lanes<accumulate_t<T>>) {
-    load(out, from);
-  } else if (count > 0) {
-    load_partial(out, from, count);
-  } else {
-    out = V{};
-  }
-}
-
-template <class T>
-BEIT3_INLINE void store_up_to(T* to, const F32& value, int64_t count) {
-  if (count >= lanes<float>) {
-    store(to, value);
-  } else {
-    store_partial(to, value, count);
-  }
-}
-
 // words `at` and following of a row
 template <class Source>
 BEIT3_INLINE void words_along(F32& out, const Source& source, int64_t position, int64_t at, int64_t width) {

@@ -167,6 +167,28 @@ BEIT3_INLINE void store_partial(T* to, const V& value, int64_t count) {
   std::memcpy(to, whole, count * sizeof(T));
 }
 
+// ---- as many of the `count` elements that are left as the vector has lanes ----
+
+template <class V, class T>
+BEIT3_INLINE void load_up_to(V& out, const T* from, int64_t count) {
+  if (count >= lanes<accumulate_t<T>>) {
+    load(out, from);
+  } else if (count > 0) {
+    load_partial(out, from, count);
+  } else {
+    out = V{};
+  }
+}
+
+template <class V, class T>
+BEIT3_INLINE void store_up_to(T* to, const V& value, int64_t count) {
+  if (count >= lanes<accumulate_t<T>>) {
+    store(to, value);
+  } else {
+    store_partial(to, value, count);
+  }
+}
+
 // ---- the sum over all lanes ----
 
 template <class A, int64_t bytes>
