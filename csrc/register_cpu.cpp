@@ -9,6 +9,8 @@ STABLE_TORCH_LIBRARY_IMPL(beit3_fast, CPU, m) {
   m.impl("layer_norm_backward", TORCH_BOX(&beit3_fast::cpu::layer_norm_backward));
   m.impl("multiway_linear_cpu", TORCH_BOX(&beit3_fast::cpu::multiway_linear));
   m.impl("multiway_linear_cpu_backward", TORCH_BOX(&beit3_fast::cpu::multiway_linear_backward));
+  m.impl("packed_ffn", TORCH_BOX(&beit3_fast::cpu::packed_ffn));
+  m.impl("packed_linear", TORCH_BOX(&beit3_fast::cpu::packed_linear));
   m.impl("decode_attention_cpu", TORCH_BOX(&beit3_fast::cpu::decode_attention));
   m.impl("attention_cpu", TORCH_BOX(&beit3_fast::cpu::attention));
   m.impl("attention_cpu_backward", TORCH_BOX(&beit3_fast::cpu::attention_backward));

@@ -12,12 +12,21 @@ from .. import ops
 
 
 class MultiwayLinear(nn.Module):
-    """Experts' linear layers, stacked: weight (E, O, I), bias (E, O)."""
+    """Experts' linear layers, stacked: weight (E, O, I), bias (E, O).
+
+    After :meth:`pack` the weight lies as the CPU's products read it (``ops.pack_weight``), or as int8 with its
+    ``scales`` (``ops.quantize_weight``). There is no second copy that could go stale; ``state_dict`` and loading know
+    nothing of it.
+    """
 
     def __init__(self, num_experts: int, in_features: int, out_features: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(num_experts, out_features, in_features))
         self.bias = nn.Parameter(torch.empty(num_experts, out_features))
+        self.scales: Tensor | None = None
+        self.packing: str | None = None
+        self.register_state_dict_post_hook(_unpack_saved)
+        self.register_load_state_dict_pre_hook(_pack_loaded)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -26,12 +35,71 @@ class MultiwayLinear(nn.Module):
         nn.init.uniform_(self.weight, -bound, bound)
         nn.init.uniform_(self.bias, -bound, bound)
 
-    def forward(self, x: Tensor, expert_offsets: Tensor, residual: Tensor | None = None) -> Tensor:
-        return ops.multiway_linear(x, self.weight, self.bias, expert_offsets, residual=residual)
+    @torch.no_grad()
+    def pack(self, how: str = "as is") -> None:
+        """Keep the weight, for inference, as the CPU's products read it, where its shape, dtype and device allow.
+
+        A move to another dtype or device brings it into the form that is right there; int8 stays on the CPU alone.
+
+        Args:
+            how: "as is", or "int8".
+        """
+        weight = self.unpacked()
+        self.packing, self.scales = how, None
+        if how == "int8" and ops.can_pack(weight, torch.int8):
+            weight, self.scales = ops.quantize_weight(weight)
+        elif ops.can_pack(weight):
+            weight = ops.pack_weight(weight)
+        self.weight = nn.Parameter(weight, requires_grad=False)
+
+    def unpacked(self) -> Tensor:
+        """The weight (E, O, I), in the dtype of the bias."""
+        return ops.unpack_weight(self.weight, self.scales, self.bias.dtype)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> MultiwayLinear:
+        super()._apply(fn, recurse)
+        if self.packing is not None and not ops.is_packed(self.weight):
+            self.pack(self.packing)
+        return self
+
+    def forward(
+        self, x: Tensor, expert_offsets: Tensor, residual: Tensor | None = None, activation: str | None = None
+    ) -> Tensor:
+        if ops.serves_packed(x, self.weight):
+            return ops.packed_linear(
+                x,
+                self.weight,
+                self.bias,
+                expert_offsets,
+                scales=self.scales,
+                activation=activation,
+                residual=residual,
+            )
+        return ops.multiway_linear(
+            x, self.unpacked(), self.bias, expert_offsets, activation=activation, residual=residual
+        )
 
     def extra_repr(self) -> str:
-        experts, out_features, in_features = self.weight.shape
-        return f"experts={experts}, in_features={in_features}, out_features={out_features}"
+        experts, out_features = self.bias.shape
+        in_features = self.weight.numel() // self.bias.numel()
+        return f"experts={experts}, in_features={in_features}, out_features={out_features}, packed={self.packing}"
+
+
+def _unpack_saved(linear: MultiwayLinear, state_dict: dict[str, Any], prefix: str, _: Any) -> None:
+    if linear.weight.ndim > 3:
+        state_dict[prefix + "weight"] = linear.unpacked()
+
+
+@torch.no_grad()
+def _pack_loaded(linear: MultiwayLinear, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    key = prefix + "weight"
+    if linear.weight.ndim == 3 or key not in state_dict:
+        return
+    weight = state_dict[key].to(linear.bias)  # of the right shape: the owner of the released keys has seen to it
+    if linear.scales is None:
+        state_dict[key] = ops.pack_weight(weight)
+    else:
+        state_dict[key], linear.scales = ops.quantize_weight(weight)
 
 
 class MultiwayLayerNorm(nn.Module):
@@ -67,7 +135,7 @@ class MultiwayFeedForward(nn.Module):
     def fold(self) -> None:
         """Keep, for inference, what the LayerNorm's affine adds up to behind fc2. A load or a move folds again."""
         norm, fc2 = self.ffn_layernorm, self.fc2
-        self.folded = ops.fold_norm(norm.weight, norm.bias, fc2.weight, fc2.bias)
+        self.folded = ops.fold_norm(norm.weight, norm.bias, ops.unpack_weight(fc2.weight), fc2.bias)
 
     def _apply(self, fn: Any, recurse: bool = True) -> MultiwayFeedForward:
         super()._apply(fn, recurse)
@@ -75,17 +143,36 @@ class MultiwayFeedForward(nn.Module):
         return self
 
     def forward(self, x: Tensor, expert_offsets: Tensor, residual: Tensor | None = None) -> Tensor:
+        if ops.serves_packed(x, self.fc1.weight):
+            hidden = self.ffn_layernorm(self.fc1(x, expert_offsets, activation="gelu"), expert_offsets)
+            return self.fc2(hidden, expert_offsets, residual)
+        fc1, norm, fc2 = self.fc1, self.ffn_layernorm, self.fc2
+        if ops.serves_packed(x, fc1.weight) and ops.serves_packed(x, fc2.weight):
+            return ops.packed_ffn(
+                x,
+                fc1.weight,
+                fc1.bias,
+                norm.weight,
+                norm.bias,
+                fc2.weight,
+                fc2.bias,
+                expert_offsets,
+                fc1_scales=fc1.scales,
+                fc2_scales=fc2.scales,
+                residual=residual,
+                eps=norm.eps,
+            )
         return ops.multiway_ffn(
             x,
-            self.fc1.weight,
-            self.fc1.bias,
-            self.ffn_layernorm.weight,
-            self.ffn_layernorm.bias,
-            self.fc2.weight,
-            self.fc2.bias,
+            fc1.unpacked(),
+            fc1.bias,
+            norm.weight,
+            norm.bias,
+            fc2.unpacked(),
+            fc2.bias,
             expert_offsets,
             residual=residual,
-            eps=self.ffn_layernorm.eps,
+            eps=norm.eps,
             folded=self.folded,
         )
 

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..ops import unpack_weight
+
 
 @dataclass(frozen=True)
 class Piece:
@@ -56,14 +58,16 @@ def _fuse(
     error_msgs: list[str],
 ) -> None:
     pieces: list[Piece] = module._released_pieces  # type: ignore[assignment]
+    parameters = {
+        piece.stored: unpack_weight(module.get_parameter(piece.stored).detach()) for piece in _one_per_stored(pieces)
+    }
     found: dict[str, list[tuple[Piece, Tensor]]] = {}
     for own in {piece.stored for piece in pieces} - {piece.released for piece in pieces}:
         if state_dict.pop(prefix + own, None) is not None:  # a name of ours is no released key
             unexpected_keys.append(prefix + own)
     for piece in pieces:
         key = prefix + piece.released
-        parameter = module.get_parameter(piece.stored)
-        shape = piece.of(parameter).shape
+        shape = piece.of(parameters[piece.stored]).shape
         if key not in state_dict:
             missing_keys.append(key)
             continue
@@ -80,17 +84,16 @@ def _fuse(
             )
             continue
         found.setdefault(piece.stored, []).append((piece, value))
-    for piece in _one_per_stored(pieces):
-        parameter = module.get_parameter(piece.stored)
-        arrived = found.get(piece.stored, [])
-        if len(arrived) == piece.count:
+    for stored, parameter in parameters.items():
+        arrived = found.get(stored, [])
+        if arrived and len(arrived) == arrived[0][0].count:
             dtype = functools.reduce(torch.promote_types, [value.dtype for _, value in arrived])
             fused = torch.empty_like(parameter, dtype=dtype, device=arrived[0][1].device)
         else:  # what is missing keeps its present value
-            fused = parameter.detach().clone()
+            fused = parameter.clone()
         for part, value in arrived:
             part.of(fused).copy_(value.detach())
-        state_dict[prefix + piece.stored] = fused
+        state_dict[prefix + stored] = fused
 
 
 def _one_per_stored(pieces: list[Piece]) -> list[Piece]:

@@ -324,6 +324,7 @@ int64_t attention_backward(const AttentionCall& call, const AttentionTask* task,
       for (int64_t r = 0; r < count; ++r) {
         float* const row = scores + r * most_queries;
         fill_row(row, 0, call.first_query(sample, first + r) - begin, -infinity);
+        fill_row(row, length - begin, seen, -infinity);  // not 0 if the key has a NaN
         if (call.forbidden != nullptr) {
           const bool* const forbidden = call.forbidden + first + r;
           for (int64_t i = 0; i < length; ++i) row[i] = forbidden[i * call.forbidden_size] ? -infinity : row[i];

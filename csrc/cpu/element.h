@@ -19,6 +19,11 @@ struct bfloat16_pair {
   uint32_t bits;
 };
 
+// Four neighbours along the depth of a product: of its left operand 128 more than what they stand for, without a sign.
+struct int8_quad {
+  uint32_t bits;
+};
+
 // An operand that is absent.
 struct none {};
 

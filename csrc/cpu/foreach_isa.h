@@ -60,18 +60,21 @@ namespace beit3_fast::avx512 {
 #endif
 
 #if defined(__clang__)
-#pragma clang attribute push(__attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16"))), \
-                             apply_to = function)
+#pragma clang attribute push(                                                                          \
+    __attribute__((target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni"))), \
+    apply_to = function)
 #else
 #pragma GCC push_options
-#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16")
+#pragma GCC target("avx2,fma,f16c,avx512f,avx512bw,avx512dq,avx512vl,avx512bf16,avx512vnni")
 #endif
 #define BEIT3_VECTOR_BYTES 64
 #define BEIT3_BFLOAT16_DOT
+#define BEIT3_INT8_DOT
 namespace beit3_fast::avx512_bf16 {
 #include "simd.h"
 #include BEIT3_KERNEL
 }  // namespace beit3_fast::avx512_bf16
+#undef BEIT3_INT8_DOT
 #undef BEIT3_BFLOAT16_DOT
 #undef BEIT3_VECTOR_BYTES
 #if defined(__clang__)

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "arguments.h"
+#include "forward.h"
 #include "ops.h"
 
 #define BEIT3_KERNEL "layer_norm_row.h"
@@ -141,12 +142,8 @@ Outputs run(Tensor x, std::optional<Tensor> residual, Tensor weight, Tensor bias
   return {y, total, mean, rstd};
 }
 
-}  // namespace
-
-Outputs layer_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& bias,
-                   const Tensor& expert_offsets, double eps) {
-  check_arguments(x, residual, weight, bias);
-  const std::vector<int64_t> offsets = read_offsets(expert_offsets, weight.size(0), x.size(0));
+Outputs run(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& bias,
+            const std::vector<int64_t>& offsets, double eps) {
   switch (residual ? promote(x.scalar_type(), residual->scalar_type()) : x.scalar_type()) {
     case ScalarType::Double:
       return run<double>(x, residual, weight, bias, offsets, eps);
@@ -157,6 +154,20 @@ Outputs layer_norm(const Tensor& x, const std::optional<Tensor>& residual, const
     default:
       return run<float>(x, residual, weight, bias, offsets, eps);
   }
+}
+
+}  // namespace
+
+Outputs layer_norm(const Tensor& x, const std::optional<Tensor>& residual, const Tensor& weight, const Tensor& bias,
+                   const Tensor& expert_offsets, double eps) {
+  check_arguments(x, residual, weight, bias);
+  return run(x, residual, weight, bias, read_offsets(expert_offsets, weight.size(0), x.size(0)), eps);
+}
+
+Tensor normalized(const Tensor& x, const Tensor& weight, const Tensor& bias, const std::vector<int64_t>& offsets,
+                  double eps) {
+  check_arguments(x, std::nullopt, weight, bias);
+  return std::get<0>(run(x, std::nullopt, weight, bias, offsets, eps));
 }
 
 }  // namespace beit3_fast::cpu

@@ -94,8 +94,9 @@ const A* row_statistics(const void* x_row, const void* residual_row, void* total
     drift[0] += t;
   }
   if (rest > 0) {
-    A deviation[step] = {};
-    for (int64_t i = 0; i < rest; ++i) deviation[i] = values[whole + i] - mean;
+    A deviation[step] = {};  // none past the end
+    load_partial(t, values + whole, rest);
+    store_partial(deviation, t - mean, rest);
     load(t, deviation);
     square[1] += t * t;
     drift[1] += t;

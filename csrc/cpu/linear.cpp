@@ -1,4 +1,4 @@
-// Linear layers with one weight per expert, forward and backward: the arguments, and the work of each thread.
+// Linear layers with one weight per expert, forward and backward.
 #include "linear.h"
 
 #include <optional>
@@ -6,20 +6,15 @@
 #include <utility>
 
 #include "arguments.h"
+#include "forward.h"
 #include "ops.h"
+#include "products.h"
 
 #define BEIT3_KERNEL "linear_tile.h"
 #include "foreach_isa.h"
 
 namespace beit3_fast::cpu {
 namespace {
-
-using Kernel = void (*)(const ProductTask&, void* scratch);
-
-// Multiply-adds below which a second thread costs more than it saves.
-constexpr int64_t work_per_thread = 1024 * 1024;
-constexpr int64_t elements_per_thread = 32 * 1024;
-constexpr int64_t panel = 64;  // columns of a task, or a multiple: a panel of the widest vectors
 
 std::vector<int64_t> read_index(const std::optional<Tensor>& row_index, int64_t rows) {
   if (!row_index) return {};
@@ -47,31 +42,6 @@ RowSource matrix_of(const Tensor& stacked, int64_t e) {
           nullptr};
 }
 
-char* expert_part(const Tensor& stacked, int64_t e) {
-  return static_cast<char*>(stacked.mutable_data_ptr()) +
-         e * (stacked.numel() / std::max<int64_t>(stacked.size(0), 1)) * stacked.element_size();
-}
-
-Kernel kernel_of(ScalarType operands, ScalarType out, Isa isa) {
-  const bool wide = out == ScalarType::Float;
-  if (operands == ScalarType::Float) return BEIT3_AT(isa, product<float, float>);
-  if (operands == ScalarType::BFloat16) {
-    return wide ? BEIT3_AT(isa, product<bfloat16, float>) : BEIT3_AT(isa, product<bfloat16, bfloat16>);
-  }
-  return wide ? BEIT3_AT(isa, product<float16, float>) : BEIT3_AT(isa, product<float16, float16>);
-}
-
-// Whether two neighbours along the depth are one word of the multiply-adds.
-bool in_pairs(ScalarType operands) { return operands == ScalarType::BFloat16 && native_isa() == Isa::avx512_bf16; }
-
-// Whether the multiply-adds take rows of a as they lie in memory.
-bool in_place(const Product& p, ScalarType operands) {
-  if (p.a_across || p.a.index != nullptr || p.rows <= few_rows) return false;
-  if (operands == ScalarType::Float) return true;
-  return in_pairs(operands) && p.depth % 2 == 0 && p.a.stride % 2 == 0 &&
-         reinterpret_cast<uintptr_t>(p.a.data) % 4 == 0;
-}
-
 void check_operands(const Tensor& tensor, const char* name, ScalarType dtype) {
   STD_TORCH_CHECK(tensor.scalar_type() == dtype, name, " must have the dtype of x, ", dtype, ", got ",
                   tensor.scalar_type());
@@ -81,61 +51,6 @@ void check_dtype(const Tensor& x) {
   const ScalarType dtype = x.scalar_type();
   STD_TORCH_CHECK(dtype == ScalarType::Float || dtype == ScalarType::BFloat16 || dtype == ScalarType::Half,
                   "x must be float32, bfloat16 or float16, got ", dtype);
-}
-
-// Brings a into the form of the multiply-adds, once for all tasks.
-Scratch pack(Product& p, ScalarType operands) {
-  p.packed_stride = packed_stride_of(in_pairs(operands) ? (p.depth + 1) / 2 : p.depth);
-  Scratch packed(packed_rows_of(p.rows) * p.packed_stride * 4);
-  p.packed = packed.get();
-  const auto kernel = BEIT3_KERNEL_OF(pack_left, operands);
-  const int64_t bands = (p.rows + panel - 1) / panel;  // of columns of a, if across: whole vectors
-  const int64_t grain = std::max<int64_t>(1, elements_per_thread / std::max<int64_t>(1, p.depth * panel));
-  torch::stable::parallel_for(0, bands, grain, [&](int64_t begin, int64_t end) {
-    kernel(p, begin * panel, std::min(end * panel, p.rows) - begin * panel);
-  });
-  return packed;
-}
-
-// Cuts products into tasks and runs them. An element of C is one thread's, and its sum has one order: results do not
-// depend on the number of threads.
-void run(std::vector<Product> products, ScalarType operands, ScalarType out) {
-  std::vector<Scratch> packed;
-  int64_t total = 0, deepest = 0;
-  for (Product& p : products) {
-    total += p.rows * p.columns * std::max<int64_t>(p.depth, 1);
-    deepest = std::max(deepest, p.depth);
-    if (!in_place(p, operands)) packed.push_back(pack(p, operands));
-  }
-  if (total == 0) return;
-  const int64_t threads =
-      std::clamp<int64_t>(total / work_per_thread, 1, static_cast<int64_t>(torch::stable::get_num_threads()));
-
-  std::vector<ProductTask> tasks;
-  int64_t cost = 0;
-  for (const Product& p : products) {
-    // A panel of b and as many rows as leave every thread several tasks: each brings its panel into order anew.
-    const int64_t panels = (p.columns + panel - 1) / panel;
-    const int64_t cuts = std::clamp<int64_t>(4 * threads / std::max<int64_t>(panels, 1), 1, p.rows / few_rows + 1);
-    const int64_t most = packed_rows_of((p.rows + cuts - 1) / cuts);
-    for (int64_t column = 0; column < p.columns; column += panel) {
-      for (int64_t row = 0; row < p.rows; row += most) {
-        const int64_t rows = std::min(most, p.rows - row), columns = std::min(panel, p.columns - column);
-        cost += rows * columns * std::max<int64_t>(p.depth, 1);
-        tasks.push_back({&p, row, rows, column, columns, cost});
-      }
-    }
-  }
-  const Kernel kernel = kernel_of(operands, out, native_isa());
-  const auto first_of = [&](int64_t share) {
-    const auto before = [](const ProductTask& task, int64_t sum) { return task.cost <= sum; };
-    return std::lower_bound(tasks.begin(), tasks.end(), cost / threads * share, before);
-  };
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(product_scratch(deepest));
-    const auto last = end == threads ? tasks.end() : first_of(end);
-    for (auto task = begin == 0 ? tasks.begin() : first_of(begin); task != last; ++task) kernel(*task, scratch.get());
-  });
 }
 
 // What no expert computes, the rows from `first` on: zeros, or the rows of `source`.
@@ -166,10 +81,11 @@ Tensor before_gelu(const Tensor& dy, const Tensor& pre) {
 
 void sum_columns(const RowSource& source, int64_t rows, int64_t columns, ScalarType dtype, void* out) {
   const auto kernel = BEIT3_KERNEL_OF(sum_rows, dtype);
-  const int64_t panels = (columns + panel - 1) / panel;
-  const int64_t grain = std::max<int64_t>(1, elements_per_thread / std::max<int64_t>(1, rows * panel));
-  torch::stable::parallel_for(0, panels, grain, [&](int64_t begin, int64_t end) {
-    kernel(source, rows, begin * panel, std::min(columns, end * panel) - begin * panel, out);
+  constexpr int64_t band = widest_panel;
+  const int64_t bands = (columns + band - 1) / band;
+  const int64_t grain = std::max<int64_t>(1, elements_per_thread / std::max<int64_t>(1, rows * band));
+  torch::stable::parallel_for(0, bands, grain, [&](int64_t begin, int64_t end) {
+    kernel(source, rows, begin * band, std::min(columns, end * band) - begin * band, out);
   });
 }
 
@@ -179,19 +95,14 @@ Tensor empty_of(const Tensor& like, std::vector<int64_t> sizes, ScalarType dtype
 
 }  // namespace
 
-std::tuple<Tensor, Tensor> multiway_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
-                                           const Tensor& expert_offsets, bool gelu,
-                                           const std::optional<Tensor>& residual,
-                                           const std::optional<Tensor>& row_index, bool save) {
+std::tuple<Tensor, Tensor> linear_forward(const Tensor& x, const Weights& weights, const std::optional<Tensor>& bias,
+                                          const std::vector<int64_t>& offsets, bool gelu,
+                                          const std::optional<Tensor>& residual, const std::vector<int64_t>& index,
+                                          bool save, const std::optional<Tensor>& into) {
   check_dtype(x);
   const ScalarType dtype = x.scalar_type();
-  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 3 && weight.size(2) == x.size(1),
-                  "weight must have shape (experts, out, ", x.dim() == 2 ? x.size(1) : -1, ")");
-  check_operands(weight, "weight", dtype);
-  const int64_t rows = x.size(0), experts = weight.size(0), width = weight.size(1);
-  const std::vector<int64_t> offsets = read_offsets(expert_offsets, experts, rows);
-  const std::vector<int64_t> index = read_index(row_index, rows);
-  const Tensor dense_x = with_dense_rows(x), dense_weight = torch::stable::contiguous(weight);
+  const int64_t rows = x.size(0), experts = weights.experts, width = weights.width;
+  const Tensor dense_x = with_dense_rows(x);
   std::optional<Tensor> dense_bias, dense_residual;
   if (bias) {
     check_operands(*bias, "bias", dtype);
@@ -206,7 +117,7 @@ std::tuple<Tensor, Tensor> multiway_linear(const Tensor& x, const Tensor& weight
     if (residual->scalar_type() != dtype) out_dtype = ScalarType::Float;
     dense_residual = torch::stable::contiguous(torch::stable::to(*residual, out_dtype));
   }
-  Tensor out = empty_of(x, {rows, width}, out_dtype);
+  Tensor out = into ? *into : empty_of(x, {rows, width}, out_dtype);
   const bool keep = save && gelu;
   Tensor pre = empty_of(x, keep ? std::vector<int64_t>{rows, width} : std::vector<int64_t>{0}, dtype);
 
@@ -216,7 +127,8 @@ std::tuple<Tensor, Tensor> multiway_linear(const Tensor& x, const Tensor& weight
     if (count == 0) continue;
     Product p{};
     p.rows = count, p.columns = width, p.depth = x.size(1);
-    p.a = rows_of(dense_x, index, first), p.b = matrix_of(dense_weight, e);
+    p.a = rows_of(dense_x, index, first);
+    weights.set(p, e);
     p.bias = dense_bias ? expert_part(*dense_bias, e) : nullptr;
     p.gelu = gelu;
     p.out_stride = width;
@@ -230,10 +142,25 @@ std::tuple<Tensor, Tensor> multiway_linear(const Tensor& x, const Tensor& weight
     p.out = part(out);
     products.push_back(p);
   }
-  run(products, dtype, out_dtype);
+  run_products(std::move(products), dtype, out_dtype);
   fill_rows(out, index, offsets.back(), dense_residual ? &*dense_residual : nullptr);
   if (keep) fill_rows(pre, index, offsets.back());
   return {out, pre};
+}
+
+std::tuple<Tensor, Tensor> multiway_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& bias,
+                                           const Tensor& expert_offsets, bool gelu,
+                                           const std::optional<Tensor>& residual,
+                                           const std::optional<Tensor>& row_index, bool save) {
+  STD_TORCH_CHECK(x.dim() == 2 && weight.dim() == 3 && weight.size(2) == x.size(1),
+                  "weight must have shape (experts, out, ", x.dim() == 2 ? x.size(1) : -1, ")");
+  check_dtype(x);
+  check_operands(weight, "weight", x.scalar_type());
+  const Tensor dense = torch::stable::contiguous(weight);
+  const Weights weights{weight.size(0), weight.size(1), [&](Product& p, int64_t e) { p.b = matrix_of(dense, e); }};
+  const std::vector<int64_t> offsets = read_offsets(expert_offsets, weights.experts, x.size(0));
+  const std::vector<int64_t> index = read_index(row_index, x.size(0));
+  return linear_forward(x, weights, bias, offsets, gelu, residual, index, save, std::nullopt);
 }
 
 std::tuple<Tensor, Tensor, Tensor> multiway_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
@@ -286,8 +213,8 @@ std::tuple<Tensor, Tensor, Tensor> multiway_linear_backward(const Tensor& dy, co
       sum_columns(dy_rows, count, out_width, dtype, expert_part(dbias, e));
     }
   }
-  run(std::move(of_x), dtype, dtype);
-  run(std::move(of_weight), dtype, dtype);
+  run_products(std::move(of_x), dtype, dtype);
+  run_products(std::move(of_weight), dtype, dtype);
   if (needs_x) fill_rows(dx, index, offsets.back());
   return {dx, dweight, dbias};
 }

@@ -1,4 +1,4 @@
-// What linear.cpp and its kernels agree on; knows nothing of torch.
+// What products.cpp and its kernels agree on; knows nothing of torch.
 #pragma once
 
 #include <cstdint>
@@ -23,7 +23,8 @@ struct Product {
   RowSource a;  // C's rows are rows of a, or its columns if across
   RowSource b;  // C's columns are rows of b, or its columns if across
   bool a_across, b_across;
-  const void* bias;  // of each column, of the operands' type; or null
+  const void* panels;  // b as the multiply-adds take it, in panels of widest_panel columns; null: b is read
+  const void* bias;    // of each column, of the operands' type; or null
   bool gelu;
   void* pre;             // what GELU is applied to, in the operands' type; or null
   const void* residual;  // of C's type; or null
@@ -31,10 +32,14 @@ struct Product {
   int64_t out_stride;        // of pre, residual and out
   const int64_t* out_index;  // row of out, pre and residual for each row of C; or null
 
+  // Of int8 panels, for each column: what a step is worth, and behind them all, the sums of the columns. null: no int8.
+  const float* column_scales;
+
   // C's rows as the multiply-adds take them, whole tiles of them, `packed_stride` words apart; null: a is read in
   // place.
   void* packed;
   int64_t packed_stride;
+  float* row_scales;  // of int8: what a step is worth in each row
 
   int64_t out_row(int64_t r) const { return (out_index == nullptr ? r : out_index[r]) * out_stride; }
 };
@@ -57,9 +62,15 @@ inline int64_t packed_rows_of(int64_t rows) {
   return (rows + product_tile_rows - 1) / product_tile_rows * product_tile_rows;
 }
 
-// Bytes of scratch that a task needs: a panel of b, the rows of a at its end, a tile of sums.
-inline int64_t product_scratch(int64_t depth) {
-  return 4 * ((depth + 1) * widest_panel + product_tile_rows * (packed_stride_of(depth) + widest_panel));
+// Words of the depth that a panel of b has at a time: 256 KiB, so that with the next ones on their way they stay in a
+// second-level cache.
+constexpr int64_t depth_block = 1024;
+
+// Bytes of scratch that a task needs: a panel of b, the rows of a at its end, sums.
+inline int64_t product_scratch(int64_t rows, int64_t depth) {
+  const int64_t block = depth < depth_block ? depth : depth_block;
+  const int64_t summed = depth > depth_block ? packed_rows_of(rows) : product_tile_rows;
+  return 4 * ((block + summed) * widest_panel + product_tile_rows * packed_stride_of(depth));
 }
 
 }  // namespace beit3_fast

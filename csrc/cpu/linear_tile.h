@@ -18,7 +18,7 @@ BEIT3_INLINE void load_words(F32& out, const T* from) {
   load(out, from);
 }
 
-BEIT3_INLINE void load_words(U32& out, const bfloat16* from) { std::memcpy(&out, from, sizeof(out)); }
+BEIT3_INLINE void load_words(U32& out, const bfloat16* from) { load_bytes(out, from); }
 
 // Rows with their type, as pack.h reads them, from column `first` on.
 template <class T>
@@ -39,6 +39,12 @@ void finish(const Product& p, int64_t row, int64_t rows, int64_t column, int64_t
       const int64_t count = columns - n;
       F32 value, other;
       load(value, tile + r * panel_width + n);
+      if (p.column_scales != nullptr) {  // of a sum of (128 + a) b, 128 times that of b is too much
+        load(other, p.column_scales + p.columns + column + n);
+        value -= 128 * other;
+        load(other, p.column_scales + column + n);
+        value *= other * p.row_scales[row + r];
+      }
       if (bias != nullptr) {
         load_up_to(other, bias + column + n, count);
         value += other;
@@ -112,50 +118,144 @@ void pack_left(const Product& p, int64_t row, int64_t rows) {
   }
 }
 
+using U8 = uint8_t __attribute__((vector_size(BEIT3_VECTOR_BYTES / 4)));  // as many lanes as U32
+
+// The same in eight bits: 127 steps to the largest magnitude of a row. NaN or infinity makes all of a row NaN.
+template <class T>
+void quantize_left(const Product& p, int64_t row, int64_t rows) {
+  for (int64_t r = row; r < row + rows; ++r) {
+    const T* const x = p.a.row<T>(r);
+    F32 largest{}, nothing{};
+    for (int64_t i = 0; i < p.depth; i += lanes<float>) {
+      F32 value;
+      load_up_to(value, x + i, p.depth - i);
+      U32 magnitude;
+      bit_copy(magnitude, value);
+      bit_copy(value, magnitude & 0x7fffffffu);
+      nothing += value * 0;
+      largest = value > largest ? value : largest;
+    }
+    float most = 0;
+    for (int64_t i = 0; i < lanes<float>; ++i) most = largest[i] > most ? largest[i] : most;
+    const float steps = most > 0 ? 127 / most : 0;
+    p.row_scales[r] = most / 127 + sum_lanes<float>(nothing);
+    uint8_t* const to = static_cast<uint8_t*>(p.packed) + r * p.packed_stride * 4;
+    for (int64_t i = 0; i < p.depth; i += lanes<float>) {
+      F32 value;
+      load_up_to(value, x + i, p.depth - i);
+      value = value * steps + (0x1.8p23f + 128);  // the nearest integer, 128 added, is in the lowest bits
+      U32 bits;
+      bit_copy(bits, value);
+      const U8 bytes = __builtin_convertvector(bits & 0xffu, U8);
+      std::memcpy(to + i, &bytes, sizeof(bytes));
+    }
+  }
+}
+
 // Words of the depth that one chain of additions takes: the sum of such sums is twice as accurate as one chain of all.
+// Those of int8 are then exact: 128 x 4 x 255 x 127 < 2^24.
 constexpr int64_t summed_at_once = 128;
 
-// One task; `scratch` has product_scratch(depth) bytes.
-template <class T, class Out>
-void product(const ProductTask& task, void* scratch) {
-  using Word = word_t<T>;
-  const Product& p = *task.product;
-  const TypedRows<T> source_a{p.a}, source_b{p.b};
-  const int64_t depth = ceil_div(p.depth, elements<Word>);
-  const Matrix<Word> panel = panels_matrix(static_cast<Word*>(scratch), depth);
-  const Matrix<Word> tail = rows_matrix(panel.data + depth * panel_width, round_up(depth, lanes<float>));
-  float* const tile = reinterpret_cast<float*>(tail.data + tile_rows * tail.stride);
-
-  Matrix<Word> left = rows_matrix(static_cast<Word*>(p.packed), p.packed_stride).from_row(task.row);
-  int64_t whole = task.rows;  // rows of `left` in tiles; fewer than a tile are packed behind each other
-  if (p.packed == nullptr) {
-    left = rows_matrix(reinterpret_cast<Word*>(const_cast<T*>(source_a.row(task.row))), p.a.stride / elements<Word>);
-    whole = task.rows / tile_rows * tile_rows;
-    pack_rows(tail, source_a, task.row + whole, task.rows - whole, task.rows - whole, p.depth);
+// What the columns from `column` on of a stored panel's `depth` rows are as floats.
+BEIT3_INLINE void widen_panel(const Matrix<float>& panel, const float16* from, int64_t column, int64_t depth) {
+  for (int64_t k = 0; k < depth; ++k) {
+    for (int64_t n = 0; n < panel_width; n += lanes<float>) {
+      F32 value;
+      load(value, from + k * widest_panel + column + n);
+      store(panel.at(k, n), value);
+    }
   }
-  const bool few = p.rows <= few_rows && !p.a_across && !p.b_across;
+}
+
+BEIT3_INLINE void widen_panel(const Matrix<float>& panel, const bfloat16* from, int64_t column, int64_t depth) {
+  for (int64_t k = 0; k < depth; k += 2) {
+    for (int64_t n = 0; n < panel_width; n += lanes<float>) {
+      U32 pairs;  // of row k in the lower half of a lane, of row k + 1 in the upper
+      std::memcpy(&pairs, from + k * widest_panel + 2 * (column + n), sizeof(pairs));
+      const U32 first = pairs << 16, second = pairs & 0xffff0000u;
+      std::memcpy(panel.at(k, n), &first, sizeof(first));
+      std::memcpy(panel.at(k + 1, n), &second, sizeof(second));
+    }
+  }
+}
+
+// One task; `scratch` has product_scratch(task.rows, depth) bytes.
+template <class T, class Out, class Word = word_t<T>>
+void product(const ProductTask& task, void* scratch) {
+  constexpr bool quantized = std::is_same_v<Word, int8_quad>;
+  using Stored = std::conditional_t<quantized, int8_t, T>;
+  const Product& p = *task.product;
+  const TypedRows<T> source_a{p.a};
+  const int64_t depth = ceil_div(p.depth, elements<Word>), block = least(depth, depth_block);
+  const Matrix<Word> panel = panels_matrix(static_cast<Word*>(scratch), block);
+  const Matrix<Word> tail = rows_matrix(panel.data + block * panel_width, round_up(depth, lanes<float>));
+  float* const sums = reinterpret_cast<float*>(tail.data + tile_rows * tail.stride);
+
+  Matrix<Word> left = rows_matrix(static_cast<Word*>(p.packed), p.packed_stride);
+  if (p.packed != nullptr) left = left.from_row(task.row);
+  int64_t whole = task.rows;  // rows of `left` in tiles; fewer than a tile are packed behind each other
+  if constexpr (!quantized) {
+    if (p.packed == nullptr) {
+      left = rows_matrix(reinterpret_cast<Word*>(const_cast<T*>(source_a.row(task.row))), p.a.stride / elements<Word>);
+      whole = task.rows / tile_rows * tile_rows;
+      pack_rows(tail, source_a, task.row + whole, task.rows - whole, task.rows - whole, p.depth);
+    }
+  }
+  const bool few = p.rows <= few_rows && !p.a_across && !p.b_across && p.panels == nullptr;
+  const int64_t tiles = ceil_div(task.rows, tile_rows);
   for (int64_t column = task.column; column < task.column + task.columns; column += panel_width) {
     const int64_t columns = least(panel_width, task.column + task.columns - column);
     const auto multiply = tile_of<Word>(ceil_div(columns, lanes<float>));
-    if (p.b_across) {
-      pack_pairs(panel, TypedRows<T>{p.b, column}, 0, p.depth, p.depth, columns);
-    } else if (!few) {
-      pack_columns(panel, source_b, column, columns, p.depth);
-    }
-    for (int64_t r = 0; r < task.rows; r += tile_rows) {
-      const Matrix<Word> rows = r < whole ? left.from_row(r) : tail;
-      if (few) {
-        multiply_few(rows, source_b, column, columns, p.depth, tile);
-      } else {
-        int64_t k = 0;
-        do {  // also where the depth is 0: sums of nothing
-          multiply(rows.data + k, rows.stride, panel.data + k * panel_width, panel_width,
-                   least(summed_at_once, depth - k), 1.0f, k > 0, tile, panel_width);
-        } while ((k += summed_at_once) < depth);
+    int64_t begin = 0;
+    do {  // also where the depth is 0: sums of nothing
+      const int64_t end = few ? depth : least(begin + depth_block, depth), first = begin * elements<Word>;
+      const int64_t count = least(end * elements<Word>, p.depth) - first;
+      const Word* right = panel.data;
+      int64_t stride = panel_width;
+      const Stored* stored = nullptr;
+      if (p.panels != nullptr) {
+        stored = static_cast<const Stored*>(p.panels) + (column / widest_panel * p.depth + first) * widest_panel;
+        if constexpr (std::is_same_v<Stored, element_t<Word>>) {
+          right = reinterpret_cast<const Word*>(stored) + column % widest_panel;
+          stride = widest_panel;
+        } else {
+          widen_panel(panel, stored, column % widest_panel, end - begin);
+        }
+      } else if constexpr (!quantized) {
+        if (p.b_across) {
+          pack_pairs(panel, TypedRows<T>{p.b, column}, first, count, count, columns);
+        } else if (!few) {
+          pack_columns(panel, TypedRows<T>{p.b, first}, column, columns, count);
+        }
       }
-      finish<T, Out>(p, task.row + r, least(tile_rows, task.rows - r), column, columns, tile);
-    }
+      const bool known = stored != nullptr;  // what is read next, if it is
+      const auto next =
+          known ? reinterpret_cast<const char*>(stored + count * widest_panel) : reinterpret_cast<const char*>(right);
+      const int64_t ahead_step = known ? ceil_div(count * widest_panel * sizeof(Stored), tiles * (end - begin)) : 0;
+      for (int64_t i = 0; i < tiles; ++i) {
+        const int64_t r = i * tile_rows;
+        const Matrix<Word> rows = r < whole ? left.from_row(r) : tail;
+        float* const tile = sums + (depth > depth_block ? r * panel_width : 0);
+        if (few) {
+          if constexpr (!quantized) multiply_few(rows, TypedRows<T>{p.b}, column, columns, p.depth, tile);
+        } else {
+          int64_t k = begin;
+          do {
+            const Ahead ahead{next + ahead_step * (i * (end - begin) + k - begin), ahead_step};
+            multiply(rows.data + k, rows.stride, right + (k - begin) * stride, stride, least(summed_at_once, end - k),
+                     1.0f, k > 0, tile, panel_width, ahead);
+          } while ((k += summed_at_once) < end);
+        }
+        if (end == depth) finish<T, Out>(p, task.row + r, least(tile_rows, task.rows - r), column, columns, tile);
+      }
+      begin = end;
+    } while (begin < depth);
   }
+}
+
+template <class T, class Out>
+void quantized_product(const ProductTask& task, void* scratch) {
+  product<T, Out, int8_quad>(task, scratch);
 }
 
 // out[i] = dy[i] * gelu'(pre[i])

@@ -37,6 +37,19 @@ std::tuple<Tensor, Tensor> multiway_linear(const Tensor& x, const Tensor& weight
                                            const std::optional<Tensor>& residual,
                                            const std::optional<Tensor>& row_index, bool save);
 
+// (x, weight, scales, bias, expert_offsets, gelu, residual) -> out
+Tensor packed_linear(const Tensor& x, const Tensor& weight, const std::optional<Tensor>& scales,
+                     const std::optional<Tensor>& bias, const Tensor& expert_offsets, bool gelu,
+                     const std::optional<Tensor>& residual);
+
+// (x, fc1_weight, fc1_scales, fc1_bias, norm_weight, norm_bias, fc2_weight, fc2_scales, fc2_bias, expert_offsets,
+// residual, eps) -> out
+Tensor packed_ffn(const Tensor& x, const Tensor& fc1_weight, const std::optional<Tensor>& fc1_scales,
+                  const Tensor& fc1_bias, const std::optional<Tensor>& norm_weight,
+                  const std::optional<Tensor>& norm_bias, const Tensor& fc2_weight,
+                  const std::optional<Tensor>& fc2_scales, const Tensor& fc2_bias, const Tensor& expert_offsets,
+                  const std::optional<Tensor>& residual, double eps);
+
 // (dy, x, weight, expert_offsets, pre_activation, row_index, needs_x, needs_parameters) -> (dx, dweight, dbias)
 std::tuple<Tensor, Tensor, Tensor> multiway_linear_backward(const Tensor& dy, const Tensor& x, const Tensor& weight,
                                                             const Tensor& expert_offsets,

@@ -22,10 +22,11 @@ using word_t = float;
 #endif
 
 template <class Word>
-using element_t = std::conditional_t<std::is_same_v<Word, float>, float, bfloat16>;
+using element_t = std::conditional_t<std::is_same_v<Word, float>, float,
+                                     std::conditional_t<std::is_same_v<Word, int8_quad>, int8_t, bfloat16>>;
 
 template <class Word>
-constexpr int64_t elements = std::is_same_v<Word, float> ? 1 : 2;
+constexpr int64_t elements = sizeof(Word) / sizeof(element_t<Word>);
 
 template <class Word>
 using Words = std::conditional_t<std::is_same_v<Word, float>, F32, U32>;
@@ -73,10 +74,10 @@ template <class Source>
 BEIT3_INLINE void words_along(U32& out, const Source& source, int64_t position, int64_t at, int64_t width) {
   const int64_t count = width - 2 * at;
   if (count >= 2 * lanes<float>) {
-    std::memcpy(&out, source.row(position) + 2 * at, sizeof(out));
+    load_bytes(out, source.row(position) + 2 * at);
   } else {
     out = U32{};
-    if (count > 0) std::memcpy(&out, source.row(position) + 2 * at, count * sizeof(bfloat16));
+    if (count > 0) std::memcpy(&out, static_cast<const void*>(source.row(position) + 2 * at), count * sizeof(bfloat16));
   }
 }
 

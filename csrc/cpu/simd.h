@@ -21,6 +21,17 @@ BEIT3_INLINE void bit_copy(To& to, const From& from) {
   std::memcpy(&to, &from, sizeof(To));
 }
 
+// From and to any address. A typed pointer would promise the alignment of its type, which a tensor need not have.
+template <class V>
+BEIT3_INLINE void load_bytes(V& out, const void* from) {
+  std::memcpy(&out, from, sizeof(out));
+}
+
+template <class V>
+BEIT3_INLINE void store_bytes(void* to, const V& value) {
+  std::memcpy(to, &value, sizeof(value));
+}
+
 // each lane of mask is all ones or all zeros
 BEIT3_INLINE void select(U32& out, const U32& mask, const U32& yes, const U32& no) {
   out = (mask & yes) | (~mask & no);
@@ -65,9 +76,9 @@ BEIT3_INLINE void narrow(void* to, const U32& value) {
 
 // ---- load: as many elements as the vector has lanes, widened to the type of computation ----
 
-BEIT3_INLINE void load(F32& out, const float* from) { std::memcpy(&out, from, sizeof(out)); }
+BEIT3_INLINE void load(F32& out, const float* from) { load_bytes(out, from); }
 
-BEIT3_INLINE void load(F64& out, const double* from) { std::memcpy(&out, from, sizeof(out)); }
+BEIT3_INLINE void load(F64& out, const double* from) { load_bytes(out, from); }
 
 BEIT3_INLINE void load(F32& out, const bfloat16* from) {
   U32 bits;
@@ -104,9 +115,9 @@ BEIT3_INLINE void load(F32& out, const float16* from) {
 
 // ---- store: rounded to nearest, ties to even, as PyTorch's own conversions are ----
 
-BEIT3_INLINE void store(float* to, const F32& value) { std::memcpy(to, &value, sizeof(value)); }
+BEIT3_INLINE void store(float* to, const F32& value) { store_bytes(to, value); }
 
-BEIT3_INLINE void store(double* to, const F64& value) { std::memcpy(to, &value, sizeof(value)); }
+BEIT3_INLINE void store(double* to, const F64& value) { store_bytes(to, value); }
 
 BEIT3_INLINE void store(bfloat16* to, const F32& value) {
   U32 bits;
@@ -156,7 +167,7 @@ BEIT3_INLINE void store(float16* to, const F32& value) {
 template <class V, class T>
 BEIT3_INLINE void load_partial(V& out, const T* from, int64_t count) {
   T whole[lanes<accumulate_t<T>>] = {};
-  std::memcpy(whole, from, count * sizeof(T));
+  std::memcpy(whole, static_cast<const void*>(from), count * sizeof(T));
   load(out, whole);
 }
 
@@ -164,7 +175,7 @@ template <class V, class T>
 BEIT3_INLINE void store_partial(T* to, const V& value, int64_t count) {
   T whole[lanes<accumulate_t<T>>];
   store(whole, value);
-  std::memcpy(to, whole, count * sizeof(T));
+  std::memcpy(static_cast<void*>(to), whole, count * sizeof(T));
 }
 
 // ---- as many of the `count` elements that are left as the vector has lanes ----

@@ -1,0 +1,106 @@
+// Matrix products cut into tasks, and the tasks into threads.
+#include "products.h"
+
+#include "arguments.h"
+
+#define BEIT3_KERNEL "linear_tile.h"
+#include "foreach_isa.h"
+
+namespace beit3_fast::cpu {
+namespace {
+
+using Kernel = void (*)(const ProductTask&, void* scratch);
+
+Kernel kernel_of(ScalarType operands, ScalarType out, bool quantized) {
+  const Isa isa = native_isa();
+  const bool wide = out == ScalarType::Float;
+  if (operands == ScalarType::Float) {
+    return quantized ? BEIT3_AT(isa, quantized_product<float, float>) : BEIT3_AT(isa, product<float, float>);
+  }
+  if (operands == ScalarType::BFloat16) {
+    if (quantized) {
+      return wide ? BEIT3_AT(isa, quantized_product<bfloat16, float>)
+                  : BEIT3_AT(isa, quantized_product<bfloat16, bfloat16>);
+    }
+    return wide ? BEIT3_AT(isa, product<bfloat16, float>) : BEIT3_AT(isa, product<bfloat16, bfloat16>);
+  }
+  if (quantized) {
+    return wide ? BEIT3_AT(isa, quantized_product<float16, float>) : BEIT3_AT(isa, quantized_product<float16, float16>);
+  }
+  return wide ? BEIT3_AT(isa, product<float16, float>) : BEIT3_AT(isa, product<float16, float16>);
+}
+
+// Whether two neighbours along the depth are one word of the multiply-adds.
+bool in_pairs(ScalarType operands) { return operands == ScalarType::BFloat16 && native_isa() == Isa::avx512_bf16; }
+
+// Whether the multiply-adds take rows of a as they lie in memory.
+bool in_place(const Product& p, ScalarType operands) {
+  if (p.a_across || p.a.index != nullptr || p.rows <= few_rows || p.column_scales != nullptr) return false;
+  if (operands == ScalarType::Float) return true;
+  return in_pairs(operands) && p.depth % 2 == 0 && p.a.stride % 2 == 0 &&
+         reinterpret_cast<uintptr_t>(p.a.data) % 4 == 0;
+}
+
+// Brings a into the form of the multiply-adds, once for all tasks.
+Scratch pack(Product& p, ScalarType operands) {
+  const bool quantized = p.column_scales != nullptr;
+  p.packed_stride = packed_stride_of(quantized ? (p.depth + 3) / 4 : in_pairs(operands) ? (p.depth + 1) / 2 : p.depth);
+  const int64_t words = packed_rows_of(p.rows) * p.packed_stride;
+  Scratch packed((words + packed_rows_of(p.rows)) * 4);
+  p.packed = packed.get();
+  p.row_scales = packed.get<float>() + words;
+  const auto kernel = quantized ? BEIT3_KERNEL_OF(quantize_left, operands) : BEIT3_KERNEL_OF(pack_left, operands);
+  const int64_t bands = (p.rows + widest_panel - 1) / widest_panel;  // of columns of a, if across: whole vectors
+  const int64_t grain = std::max<int64_t>(1, elements_per_thread / std::max<int64_t>(1, p.depth * widest_panel));
+  torch::stable::parallel_for(0, bands, grain, [&](int64_t begin, int64_t end) {
+    kernel(p, begin * widest_panel, std::min(end * widest_panel, p.rows) - begin * widest_panel);
+  });
+  return packed;
+}
+
+}  // namespace
+
+void run_products(std::vector<Product> products, ScalarType operands, ScalarType out) {
+  std::vector<Scratch> packed;
+  int64_t total = 0, deepest = 0;
+  for (Product& p : products) {
+    total += p.rows * p.columns * std::max<int64_t>(p.depth, 1);
+    deepest = std::max(deepest, p.depth);
+    if (!in_place(p, operands)) packed.push_back(pack(p, operands));
+  }
+  if (total == 0) return;
+  const int64_t threads =
+      std::clamp<int64_t>(total / work_per_thread, 1, static_cast<int64_t>(torch::stable::get_num_threads()));
+
+  std::vector<ProductTask> tasks;
+  int64_t cost = 0, most_rows = 0;
+  for (const Product& p : products) {
+    // A task is a panel of b and some rows: as many as leave every thread several tasks, and where no task brings its
+    // panel into order first, few enough to stay in the second-level cache from panel to panel.
+    const int64_t panels = (p.columns + widest_panel - 1) / widest_panel;
+    const int64_t for_threads = std::min(4 * threads / std::max<int64_t>(panels, 1), p.rows / few_rows + 1);
+    const int64_t for_cache = p.panels == nullptr ? 1 : (p.rows + rows_in_cache / 2) / rows_in_cache;
+    const int64_t cuts = std::max<int64_t>({for_threads, for_cache, 1});
+    const int64_t most = packed_rows_of((p.rows + cuts - 1) / cuts);
+    for (int64_t row = 0; row < p.rows; row += most) {
+      for (int64_t column = 0; column < p.columns; column += widest_panel) {
+        const int64_t rows = std::min(most, p.rows - row), columns = std::min(widest_panel, p.columns - column);
+        cost += rows * columns * std::max<int64_t>(p.depth, 1);
+        most_rows = std::max(most_rows, rows);
+        tasks.push_back({&p, row, rows, column, columns, cost});
+      }
+    }
+  }
+  const Kernel kernel = kernel_of(operands, out, products.front().column_scales != nullptr);
+  const auto first_of = [&](int64_t share) {
+    const auto before = [](const ProductTask& task, int64_t sum) { return task.cost <= sum; };
+    return std::lower_bound(tasks.begin(), tasks.end(), cost / threads * share, before);
+  };
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    const Scratch scratch(product_scratch(most_rows, deepest));
+    const auto last = end == threads ? tasks.end() : first_of(end);
+    for (auto task = begin == 0 ? tasks.begin() : first_of(begin); task != last; ++task) kernel(*task, scratch.get());
+  });
+}
+
+}  // namespace beit3_fast::cpu
