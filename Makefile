@@ -17,7 +17,7 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt beit3_fast/_version.py $(
 CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test gpu-check budget lint format build clean
+.PHONY: help demo test sanitize gpu-check budget lint format build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,9 @@ demo: $(VENV)/.demo ## the drop-in model against reference PyTorch on real photo
 test: $(VENV)/.test ## build, and run every test; PYTEST_ARGS="-k name" selects
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS)
 	TRITON_INTERPRET=1 OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 $(PYTEST_ARGS) tests/kernels
+
+sanitize: $(VENV)/.test ## the CPU kernels under the address and undefined-behaviour sanitizers
+	$(BIN)/python -m pytest -rs $(PYTEST_ARGS) tests/csrc/test_sanitizers.py
 
 # Without PyTorch's cache of memory every tensor has bounds of its own. A graph cannot be captured like that.
 SANITIZED := tests/test_gpu.py -k "not cuda_graph and not 2_to_the_31 and not stream"

@@ -1,4 +1,5 @@
 // What isa_probe.cpp exports, once for each instruction set.
+#include "layer_norm_gradient_row.h"
 #include "layer_norm_row.h"
 
 template <class T>

@@ -4,14 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
-import os
-import shlex
-import shutil
-import subprocess
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import pytest
 import torch
@@ -22,11 +17,10 @@ import beit3_fast
 from beit3_fast.layout import TokenLayout
 from beit3_fast.ops import attention_reference
 
-HERE = Path(__file__).resolve().parent
-HEADERS = HERE.parents[1] / "csrc" / "cpu"
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+from .probes import DTYPES, name, pointer
+
+PROBE = "attention_probe.cpp"
 MASKS = ("full", "captioning", "causal")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 Lengths = Sequence[tuple[int, int]]  # (vision, text) of every sample
 
 # 1, 2, 15, 16, 17, 63, 64, 65 tokens; either part absent, and both
@@ -34,10 +28,6 @@ UNEVEN: Lengths = ((1, 0), (0, 2), (10, 5), (16, 0), (9, 8), (0, 63), (33, 31), 
 
 LIBRARY = beit3_fast._extension.status()["cpu"]
 needs_library = pytest.mark.skipif(not LIBRARY.loaded, reason=f"the CPU library is not loaded: {LIBRARY.reason}")
-
-
-def name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def layout_of(lengths: Lengths) -> TokenLayout:
@@ -50,19 +40,6 @@ def random_qkv(lengths: Lengths, heads: int, head_dim: int, dtype: torch.dtype) 
 
 def random_mask(size: int) -> Tensor:
     return (torch.rand(size, size) < 0.4).logical_and(~torch.eye(size, dtype=torch.bool))
-
-
-@pytest.fixture(scope="module")
-def probe(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    command = shlex.split(os.environ.get("CXX", "")) or [c for c in ("c++", "g++", "clang++") if shutil.which(c)][:1]
-    if not command or shutil.which(command[0]) is None:
-        pytest.skip("there is no C++ compiler")
-    library = tmp_path_factory.mktemp("attention") / "probe.so"
-    flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{HERE}", f"-I{HEADERS}"]
-    subprocess.run([*command, *flags, str(HERE / "attention_probe.cpp"), "-o", str(library)], check=True)
-    probe = ctypes.CDLL(str(library))
-    probe.attention.restype = ctypes.c_bool
-    return probe
 
 
 class Kernels:
@@ -97,14 +74,12 @@ class Kernels:
         dqkv: Tensor | None,
     ) -> None:
         forbidden = mask if isinstance(mask, Tensor) else None
-        tensors = [forbidden, qkv, out, lse, dout, dqkv]
-        assert all(tensor is None or tensor.is_contiguous() for tensor in tensors)
-        pointers = [ctypes.c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+        pointers = [pointer(tensor) for tensor in (forbidden, qkv, out, lse, dout, dqkv)]
         rows, _, heads, head_dim = qkv.shape
         intact = self.probe.attention(
             self.isa,
             DTYPES.index(qkv.dtype),
-            ctypes.c_void_p(layout.segments.data_ptr()),
+            pointer(layout.segments),
             ctypes.c_int64(layout.batch_size),
             ctypes.c_int64(rows),
             ctypes.c_int64(heads),
@@ -118,11 +93,9 @@ class Kernels:
         assert intact, "the kernel wrote past its memory"
 
 
-@pytest.fixture(params=range(len(ISAS)), ids=ISAS)
-def kernels(request: pytest.FixtureRequest, probe: ctypes.CDLL) -> Kernels:
-    if request.param > probe.native_isa():
-        pytest.skip(f"this processor does not run {ISAS[request.param]}")
-    return Kernels(probe, request.param)
+@pytest.fixture
+def kernels(probe: ctypes.CDLL, isa: int) -> Kernels:
+    return Kernels(probe, isa)
 
 
 def plain(

@@ -6,11 +6,6 @@ The library itself runs only the best one: here the kernel headers are compiled 
 from __future__ import annotations
 
 import ctypes
-import os
-import shlex
-import shutil
-import subprocess
-from pathlib import Path
 
 import pytest
 import torch
@@ -18,37 +13,10 @@ import torch.nn.functional as F
 from ops.parity import assert_exact, assert_parity
 from torch import Tensor
 
-HERE = Path(__file__).resolve().parent
-HEADERS = HERE.parents[1] / "csrc" / "cpu"
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
+from .probes import name, pointer
+
+PROBE = "isa_probe.cpp"
 HALF_TYPES = (torch.bfloat16, torch.float16)
-
-
-def name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-@pytest.fixture(scope="module")
-def probe(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    command = shlex.split(os.environ.get("CXX", "")) or [c for c in ("c++", "g++", "clang++") if shutil.which(c)][:1]
-    if not command or shutil.which(command[0]) is None:
-        pytest.skip("there is no C++ compiler")
-    library = tmp_path_factory.mktemp("isa") / "probe.so"
-    flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{HERE}", f"-I{HEADERS}"]
-    subprocess.run([*command, *flags, str(HERE / "isa_probe.cpp"), "-o", str(library)], check=True)
-    return ctypes.CDLL(str(library))
-
-
-@pytest.fixture(params=range(len(ISAS)), ids=ISAS)
-def isa(request: pytest.FixtureRequest, probe: ctypes.CDLL) -> int:
-    if request.param > probe.native_isa():
-        pytest.skip(f"this processor does not run {ISAS[request.param]}")
-    return request.param
-
-
-def pointer(tensor: Tensor) -> ctypes.c_void_p:
-    assert tensor.is_contiguous()
-    return ctypes.c_void_p(tensor.data_ptr())
 
 
 def assert_same_bits(actual: Tensor, expected: Tensor) -> None:

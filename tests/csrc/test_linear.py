@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import shlex
-import shutil
-import subprocess
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,42 +13,13 @@ from torch import Tensor
 
 import beit3_fast
 
-HERE = Path(__file__).resolve().parent
-HEADERS = HERE.parents[1] / "csrc" / "cpu"
-ISAS = ("baseline", "avx2", "avx512", "avx512_bf16")
-DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+from .probes import DTYPES, ISAS, name, pointer
+
+PROBE = "linear_probe.cpp"
 GUARD = 3  # columns past each row of an output that must stay as they are
 
 LIBRARY = beit3_fast._extension.status()["cpu"]
 needs_library = pytest.mark.skipif(not LIBRARY.loaded, reason=f"the CPU library is not loaded: {LIBRARY.reason}")
-
-
-def name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
-
-
-@pytest.fixture(scope="module")
-def probe(tmp_path_factory: pytest.TempPathFactory) -> ctypes.CDLL:
-    command = shlex.split(os.environ.get("CXX", "")) or [c for c in ("c++", "g++", "clang++") if shutil.which(c)][:1]
-    if not command or shutil.which(command[0]) is None:
-        pytest.skip("there is no C++ compiler")
-    library = tmp_path_factory.mktemp("linear") / "probe.so"
-    flags = ["-std=c++20", "-O2", "-Wall", "-Wextra", "-Werror", "-fPIC", "-shared", f"-I{HERE}", f"-I{HEADERS}"]
-    subprocess.run([*command, *flags, str(HERE / "linear_probe.cpp"), "-o", str(library)], check=True)
-    probe = ctypes.CDLL(str(library))
-    probe.product.restype = ctypes.c_bool
-    return probe
-
-
-@pytest.fixture(params=range(len(ISAS)), ids=ISAS)
-def isa(request: pytest.FixtureRequest, probe: ctypes.CDLL) -> int:
-    if request.param > probe.native_isa():
-        pytest.skip(f"this processor does not run {ISAS[request.param]}")
-    return request.param
-
-
-def pointer(tensor: Tensor | None) -> ctypes.c_void_p:
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
 
 
 def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
@@ -64,8 +30,11 @@ def guarded(rows: int, columns: int, dtype: torch.dtype) -> Tensor:
     return torch.full((rows, columns + GUARD), 7.0, dtype=dtype)
 
 
-# rows, columns and depth: around tiles of 6 rows, panels of 8, 16 and 64 columns, blocks of 96 rows, pairs of a depth
-SHAPES = [(1, 1, 1), (5, 16, 7), (6, 63, 64), (49, 65, 33), (101, 130, 48), (97, 8, 1), (13, 200, 101), (50, 64, 0)]
+# rows, columns, depth: around tiles of 6 rows, panels of 8, 16 and 64 columns, pairs of a depth, blocks of 1024 words
+SHAPES = [
+    (1, 1, 1), (5, 16, 7), (6, 63, 64), (49, 65, 33), (101, 130, 48), (97, 8, 1), (13, 200, 101), (50, 64, 0),
+    (50, 20, 1025), (7, 64, 2053),
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
@@ -126,6 +95,50 @@ def test_products(
     terms = (left.double().abs() @ right.double().abs()).max().item() if depth else 0.0
     floor = torch.finfo(dtype).eps * truth.abs().max().item() + torch.finfo(torch.float32).eps * terms
     assert_parity(out[:, :columns], left @ right, truth, dtype, "product", floor)
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 2), (49, 128, 34), (13, 192, 2050), (7, 64, 4100)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_packed_weights(probe: ctypes.CDLL, isa: int, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    rows, columns, depth = shape
+    a, b = normal(rows, depth, dtype=dtype), normal(columns, depth, dtype=dtype, scale=depth**-0.5)
+    out = guarded(rows, columns, torch.float32)
+    sizes = [ctypes.c_int64(size) for size in shape]
+    panels = beit3_fast.ops.pack_weight(b[None])
+    assert probe.packed_product(
+        isa, DTYPES.index(dtype), *sizes, pointer(a), pointer(panels), None, pointer(out),
+        ctypes.c_int64(columns + GUARD),
+    )  # fmt: skip
+    assert (out[:, columns:] == 7).all()
+    truth = a.double() @ b.double().t()
+    # products of two narrow numbers are exact in fp32: what rounds are the sums
+    assert_parity(out[:, :columns], a.float() @ b.float().t(), truth, torch.float32, "product")
+
+
+@pytest.mark.parametrize("shape", [(1, 64, 4), (49, 128, 36), (13, 192, 2052), (7, 64, 4104)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=name)
+def test_int8(probe: ctypes.CDLL, isa: int, dtype: torch.dtype, shape: tuple[int, int, int]) -> None:
+    """Whole steps, of which every row and output has 127: nothing is lost, and the largest sums there are."""
+    rows, columns, depth = shape
+    steps, weight = (torch.randint(-127, 128, size).double() for size in ((rows, depth), (columns, depth)))
+    steps[:, 0], weight[:, 1] = 127, -127
+    if rows > 1:
+        steps[0], weight[0] = -127, 127
+    worth = 2.0 ** torch.randint(-4, 5, (columns,)).double()
+    panels, scales = beit3_fast.ops.quantize_weight((weight * worth[:, None])[None].float())
+    out = guarded(rows, columns, torch.float32)
+    sizes = [ctypes.c_int64(size) for size in shape]
+    x = steps.to(dtype)
+    assert probe.packed_product(
+        isa, DTYPES.index(dtype), *sizes, pointer(x), pointer(panels), pointer(scales), pointer(out),
+        ctypes.c_int64(columns + GUARD),
+    )  # fmt: skip
+    assert (out[:, columns:] == 7).all()
+    truth = (steps @ weight.t()) * worth
+    # sums of 128 words are exact; beyond that they round as floats of their size do, 128 added to each factor
+    largest = 255 * 127 * depth * worth
+    rounding = torch.finfo(torch.float32).eps * (truth.abs() + (largest if depth > 512 else 0))
+    assert ((out[:, :columns].double() - truth).abs() <= 2 * rounding).all()
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (5, 17), (9, 64), (130, 33)])
