@@ -275,7 +275,7 @@ setup(
     package_dir={f"beit3_fast.{folder}": folder for folder in INSIDE},
     package_data={
         "beit3_fast": ["data/**", "py.typed"],
-        **{f"beit3_fast.{folder}": ["**/*.json"] for folder in INSIDE},
+        **{f"beit3_fast.{folder}": ["**/*.json", "**/*.cpp", "**/*.html"] for folder in INSIDE},
     },
     distclass=WithLibraries,
     cmdclass={"build": Build, "build_native": BuildNative, "bdist_wheel": Wheel},

@@ -54,6 +54,13 @@ def info() -> None:
 
 _rounds = click.option("--rounds", type=int, default=None, help="Interleaved timing rounds (at least 6).")
 _threads = click.option("--threads", type=int, default=None, help="CPU threads; PyTorch's choice when left out.")
+_device = click.option("--device", default=None, help="cpu or cuda. [default: cuda when there is one]")
+_base = click.option(
+    "--base", default=None, metavar="REVISION", help="Ours against ours of this git revision, interleaved; CPU."
+)
+_json = click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results to this file.")
+_csv = click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write the results as a table.")
+_html = click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write a page with plots.")
 
 
 @main.command()
@@ -98,8 +105,11 @@ def bench() -> None:
 @_rounds
 @_threads
 @click.option("--compile", "compiled", is_flag=True, help="Also time the reference under torch.compile.")
-@click.option("--device", default=None, help="cpu or cuda. [default: cuda when there is one]")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results to this file.")
+@_device
+@_base
+@_json
+@_csv
+@_html
 def bench_model(**options: Any) -> None:
     """Time the model against reference PyTorch: forward, captioning, a training step.
 
@@ -121,8 +131,11 @@ def bench_model(**options: Any) -> None:
 @click.option("--quick", is_flag=True, help="Small shapes, few rounds, nothing that compiles.")
 @_rounds
 @_threads
-@click.option("--device", default=None, help="cpu or cuda. [default: cuda when there is one]")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results to this file.")
+@_device
+@_base
+@_json
+@_csv
+@_html
 def bench_ops(**options: Any) -> None:
     """Time every op, forward and backward, against reference PyTorch and peers; exit code 1 when ours fails parity.
 
@@ -134,8 +147,86 @@ def bench_ops(**options: Any) -> None:
         raise SystemExit(1)
 
 
+@bench.command("scaling")
+@click.option("--curve", "curves", multiple=True, help="image, batch or text; repeatable. [default: all]")
+@click.option("--provider", "providers", multiple=True, help="Also this provider, e.g. openvino; repeatable.")
+@click.option("--quick", is_flag=True, help="Two small points a curve; under a minute on two CPU cores.")
+@click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", help="Of weights and images.")
+@_rounds
+@_threads
+@_device
+@_json
+@_csv
+@_html
+def bench_scaling(**options: Any) -> None:
+    """Time a forward as the batch, the text and the image grow; it must grow as the FLOPs do.
+
+    Parity comes first at every point. One that does not fit in memory is skipped with the figure.
+    """
+    from beit3_fast.bench.command import scaling
+
+    if not scaling(**options):
+        raise SystemExit(1)
+
+
+@bench.command("breakdown")
+@click.option("--case", "cases", multiple=True, help="This case of bench model only, e.g. base-text; repeatable.")
+@click.option("--quick", is_flag=True, help="One case, batch 2.")
+@_threads
+@_device
+@_json
+@_csv
+@_html
+def bench_breakdown(**options: Any) -> None:
+    """Show where the time of a forward goes: reference PyTorch, the public code and ours, by kind of op.
+
+    What fails parity gets no times.
+    """
+    from beit3_fast.bench.command import breakdown
+
+    if not breakdown(**options):
+        raise SystemExit(1)
+
+
+@bench.command("all")
+@click.option("--quick", is_flag=True, help="A few small cases; under 3 minutes on two CPU cores.")
+@_threads
+@_device
+@_json
+@_csv
+@_html
+def bench_all(**options: Any) -> None:
+    """Run model, ops, scaling, breakdown and memory, one after the other.
+
+    A kind that cannot run is listed with the reason. Files are written after every case: an interrupted run keeps what
+    it had.
+    """
+    from beit3_fast.bench.command import everything
+
+    if not everything(**options):
+        raise SystemExit(1)
+
+
+@bench.command("compare")
+@click.argument("old", type=click.Path(path_type=Path))
+@click.argument("new", type=click.Path(path_type=Path))
+@click.option("--tolerance", type=float, default=3.0, help="Percent that is no difference.")
+def bench_compare(**options: Any) -> None:
+    """Compare two runs by their JSON files; exit code 1 when something became slower or wrong.
+
+    Compared is how much faster ours is than the reference of the same run, since the times of two runs also differ by
+    what the machine did.
+    """
+    from beit3_fast.bench.command import compare
+
+    if not compare(**options):
+        raise SystemExit(1)
+
+
 @bench.command("memory")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results to this file.")
+@_json
+@_csv
+@_html
 def bench_memory(**options: Any) -> None:
     """Count what a layer allocates in a training step, ours against the public code; no GPU, nothing is computed."""
     from beit3_fast.bench.command import memory
@@ -159,6 +250,7 @@ def bench_static(**options: Any) -> None:
 @bench.command("simulate")
 @click.option("--batch", "batches", multiple=True, type=int, help="Samples of 197 + 13 tokens. [default: 2 and 8]")
 @click.option("--arch", "architectures", multiple=True, type=int, help="80 or 90; repeatable. [default: both]")
+@click.option("--chip", default=None, help="Also lower bounds on this chip: a100 or h100. [default: none]")
 @click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results to this file.")
 def bench_simulate(**options: Any) -> None:
     """Run the compiled Triton kernels in a PTX simulator and count what they do; no GPU, no times."""

@@ -2,28 +2,41 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
+from rich.console import Console
 
+from . import base as base_bench
+from . import breakdown as breakdown_bench
+from . import compare as comparing
+from . import everything as all_kinds
 from . import model_tasks
 from . import ops as op_bench
-from .cases import select
+from . import scaling as scaling_bench
+from .cases import ModelCase, check_known, select
+from .chips import CHIPS
+from .compare import DEFAULT_TOLERANCE
 from .files import check_writable, write_json
 from .machine import default_device, machine, use_threads
 from .model import CaseResult
 from .model_tasks import check_providers
-from .op_cases import select_op_cases
+from .op_cases import OpCase, select_op_cases
 from .op_providers import select_providers
 from .op_report import op_document, op_table, roofs_line
+from .outputs import Document, Outputs
 from .report import console, count, document, header, table
 from .roofs import measure as measure_roofs
 from .timing import MIN_ROUNDS, check_rounds
 
 DEFAULT_ROUNDS = 12
+QUICK_MODEL_CASES = ("base-joint",)
+"""Of a quick run of all kinds."""
 
 
 def model(
@@ -37,21 +50,56 @@ def model(
     threads: int | None = None,
     compiled: bool = False,
     device: str | None = None,
+    base: str | None = None,
     json_file: Path | None = None,
+    csv_file: Path | None = None,
+    html_file: Path | None = None,
 ) -> bool:
     """``bench model``: True if reference PyTorch and ours ran and passed parity in every case; a peer may fail.
 
+    An interrupted run keeps the cases that were done. With ``base``, a git revision, ours runs against ours of that
+    revision and nobody else takes part: True if this tree is nowhere slower, and right wherever the other is.
+
     Raises:
-        ValueError: an unknown case or provider, a count out of range, a device that is not there, a file that cannot be
-            written.
-        FileNotFoundError: the folder of ``json_file`` does not exist.
+        ValueError: an unknown case, provider or revision, a count out of range, a device that is not there, a file that
+            cannot be written, an option that does not go with ``base``.
+        FileNotFoundError: the folder of a file does not exist.
     """
+    if base is not None:
+        _alone_with_base(providers, peers, compiled, json_file, csv_file, html_file)
+        return _against(base, select(cases, quick=quick, batch=batch), quick, rounds, threads, device)
+    return _model(
+        Outputs.checked(json_file, csv_file, html_file),
+        cases=cases,
+        providers=providers,
+        peers=peers,
+        quick=quick,
+        batch=batch,
+        rounds=rounds,
+        threads=threads,
+        compiled=compiled,
+        device=device,
+    )
+
+
+def _model(
+    outputs: Outputs,
+    *,
+    cases: Sequence[str] = (),
+    providers: Sequence[str] = (),
+    peers: bool = False,
+    quick: bool = False,
+    batch: int | None = None,
+    rounds: int | None = None,
+    threads: int | None = None,
+    compiled: bool = False,
+    device: str | None = None,
+) -> bool:
     chosen = select(cases, quick=quick, batch=batch)
     check_providers(providers)
     rounds = (MIN_ROUNDS if quick else DEFAULT_ROUNDS) if rounds is None else rounds
     check_rounds(rounds)
     place = _device(device)
-    target = None if json_file is None else check_writable(json_file, "--json")
 
     shown = console()
     with use_threads(threads):
@@ -59,25 +107,24 @@ def model(
         settings = {"device": place.type, "rounds": rounds}
         shown.print(header(about, settings))
         results: list[CaseResult] = []
-
         with shown.status("the machine's roofs") as status:
             # float32 cases have providers that compute in bfloat16
             roofs = measure_roofs(place, [torch.float32, torch.bfloat16])
             shown.print(roofs_line(roofs), soft_wrap=True)
-            for case in chosen:
-                result = model_tasks.run(
-                    case,
-                    providers,
-                    peers=peers,
-                    compiled=compiled,
-                    device=place,
-                    rounds=rounds,
-                    progress=status.update,
-                )
-                results.append(result)
-                shown.print(table(result, roofs))
-                if target is not None:  # after every case: an interrupted run keeps what it had
-                    write_json(target, document(results, roofs, about, settings))
+            with _kept(outputs, shown, lambda: document(results, roofs, about, settings), results, len(chosen)) as keep:
+                for case in chosen:
+                    result = model_tasks.run(
+                        case,
+                        providers,
+                        peers=peers,
+                        compiled=compiled,
+                        device=place,
+                        rounds=rounds,
+                        progress=status.update,
+                    )
+                    results.append(result)
+                    shown.print(table(result, roofs))
+                    keep()
     return all(result.ok for result in results)
 
 
@@ -90,23 +137,51 @@ def ops(
     rounds: int | None = None,
     threads: int | None = None,
     device: str | None = None,
+    base: str | None = None,
     json_file: Path | None = None,
+    csv_file: Path | None = None,
+    html_file: Path | None = None,
 ) -> bool:
     """``bench ops``: True if ours ran and passed parity in every case; a peer may fail.
 
-    An interrupted run keeps the cases that were done.
+    An interrupted run keeps the cases that were done. ``base`` is as in :func:`model`.
 
     Raises:
-        ValueError: an unknown case, op or provider, a count out of range, a device that is not there, a file that
-            cannot be written.
-        FileNotFoundError: the folder of ``json_file`` does not exist.
+        ValueError: an unknown case, op, provider or revision, a count out of range, a device that is not there, a file
+            that cannot be written, an option that does not go with ``base``.
+        FileNotFoundError: the folder of a file does not exist.
     """
+    if base is not None:
+        _alone_with_base(providers, json_file, csv_file, html_file)
+        return _against(base, select_op_cases(cases, ops, quick=quick), quick, rounds, threads, device)
+    return _ops(
+        Outputs.checked(json_file, csv_file, html_file),
+        cases=cases,
+        ops=ops,
+        providers=providers,
+        quick=quick,
+        rounds=rounds,
+        threads=threads,
+        device=device,
+    )
+
+
+def _ops(
+    outputs: Outputs,
+    *,
+    cases: Sequence[str] = (),
+    ops: Sequence[str] = (),
+    providers: Sequence[str] = (),
+    quick: bool = False,
+    rounds: int | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+) -> bool:
     chosen = select_op_cases(cases, ops, quick=quick)
     taking_part = select_providers(providers, quick=quick)
     rounds = (MIN_ROUNDS if quick else DEFAULT_ROUNDS) if rounds is None else rounds
     check_rounds(rounds)
     place = _device(device)
-    target = None if json_file is None else check_writable(json_file, "--json")
 
     shown = console()
     with use_threads(threads):
@@ -118,42 +193,271 @@ def ops(
             roofs = measure_roofs(place, [case.dtype for case in chosen])
             shown.print(roofs_line(roofs), soft_wrap=True)
 
-            def keep() -> None:
-                if target is not None:
-                    complete = len(results) == len(chosen)
-                    write_json(target, op_document(results, roofs, about, settings, complete=complete))
+            def so_far() -> Document:
+                return op_document(results, roofs, about, settings, complete=len(results) == len(chosen))
 
-            try:
+            with _kept(outputs, shown, so_far, results, len(chosen)) as keep:
                 for case in chosen:
                     result = op_bench.run_case(case, taking_part, device=place, rounds=rounds, progress=status.update)
                     results.append(result)
                     shown.print(op_table(result, roofs))
                     keep()
-            except KeyboardInterrupt:
-                keep()  # the last case may have been on its way there
-                kept = "" if target is None else f"; they are in {target}"
-                shown.print(f"interrupted: {len(results)} of {count(len(chosen), 'case')} done{kept}", soft_wrap=True)
-                raise
     return all(result.ok for result in results)
 
 
-def memory(*, json_file: Path | None = None) -> bool:
+def scaling(
+    *,
+    curves: Sequence[str] = (),
+    providers: Sequence[str] = (),
+    quick: bool = False,
+    dtype: str = "float32",
+    rounds: int | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+    json_file: Path | None = None,
+    csv_file: Path | None = None,
+    html_file: Path | None = None,
+) -> bool:
+    """``bench scaling``: True if reference PyTorch and ours ran and passed parity at every point that fits in memory.
+
+    An interrupted run keeps the points that were done.
+
+    Raises:
+        ValueError: an unknown curve, provider or dtype, a count out of range, a device that is not there, a file that
+            cannot be written.
+        FileNotFoundError: the folder of a file does not exist.
+    """
+    return _scaling(
+        Outputs.checked(json_file, csv_file, html_file),
+        curves=curves,
+        providers=providers,
+        quick=quick,
+        dtype=dtype,
+        rounds=rounds,
+        threads=threads,
+        device=device,
+    )
+
+
+def _scaling(
+    outputs: Outputs,
+    *,
+    curves: Sequence[str] = (),
+    providers: Sequence[str] = (),
+    quick: bool = False,
+    dtype: str = "float32",
+    rounds: int | None = None,
+    threads: int | None = None,
+    device: str | None = None,
+) -> bool:
+    chosen = scaling_bench.select_curves(curves)
+    taking_part = scaling_bench.select_providers(providers)
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"dtype must be float32 or bfloat16, got {dtype!r}")
+    rounds = MIN_ROUNDS if rounds is None else rounds
+    check_rounds(rounds)
+    place, of = _device(device), getattr(torch, dtype)
+
+    shown = console()
+    with use_threads(threads):
+        about = machine(place)
+        settings = {"device": place.type, "rounds": rounds}
+        shown.print(header(about, settings))
+        measured: list[tuple[scaling_bench.Curve, list[scaling_bench.Point]]] = []
+        done: list[scaling_bench.Point] = []
+        total = sum(len(curve.points(quick)) for curve in chosen)
+        setups = scaling_bench.Setups()
+        with shown.status("the machine's roofs") as status:
+            roofs = measure_roofs(place, [torch.float32, torch.bfloat16])
+            shown.print(roofs_line(roofs), soft_wrap=True)
+
+            def so_far() -> Document:
+                complete = len(done) == total
+                return scaling_bench.document(measured, of, roofs, about, settings, complete=complete)
+
+            with _kept(outputs, shown, so_far, done, total) as keep:
+                for curve in chosen:
+                    points: list[scaling_bench.Point] = []
+                    measured.append((curve, points))
+                    for x in curve.points(quick):
+                        point = scaling_bench.run_point(
+                            curve,
+                            x,
+                            taking_part,
+                            points,
+                            setups,
+                            dtype=of,
+                            device=place,
+                            rounds=rounds,
+                            progress=status.update,
+                        )
+                        points.append(point)
+                        done.append(point)
+                        keep()
+                    shown.print(scaling_bench.table(curve, points, of, roofs))
+    return all(point.ok for point in done)
+
+
+def breakdown(
+    *,
+    cases: Sequence[str] = (),
+    quick: bool = False,
+    threads: int | None = None,
+    device: str | None = None,
+    json_file: Path | None = None,
+    csv_file: Path | None = None,
+    html_file: Path | None = None,
+) -> bool:
+    """``bench breakdown``: True if reference PyTorch and ours ran and passed parity in every case; a peer may fail.
+
+    An interrupted run keeps the cases that were done.
+
+    Raises:
+        ValueError: an unknown case or one that is not a forward, a thread count out of range, a device that is not
+            there, a file that cannot be written.
+        FileNotFoundError: the folder of a file does not exist.
+    """
+    outputs = Outputs.checked(json_file, csv_file, html_file)
+    return _breakdown(outputs, cases=cases, quick=quick, threads=threads, device=device)
+
+
+def _breakdown(
+    outputs: Outputs,
+    *,
+    cases: Sequence[str] = (),
+    quick: bool = False,
+    threads: int | None = None,
+    device: str | None = None,
+) -> bool:
+    chosen = breakdown_bench.select(cases, quick=quick)
+    forwards = breakdown_bench.QUICK_FORWARDS if quick else breakdown_bench.DEFAULT_FORWARDS
+    place = _device(device)
+
+    shown = console()
+    with use_threads(threads):
+        about = machine(place)
+        settings = {"device": place.type, "rounds": MIN_ROUNDS, "forwards": forwards}
+        shown.print(header(about, settings))
+        results: list[breakdown_bench.Breakdown] = []
+
+        def so_far() -> Document:
+            return breakdown_bench.document(results, about, settings, complete=len(results) == len(chosen))
+
+        with shown.status("starting") as status, _kept(outputs, shown, so_far, results, len(chosen)) as keep:
+            for case in chosen:
+                found = breakdown_bench.run_case(
+                    case, breakdown_bench.providers(), device=place, forwards=forwards, progress=status.update
+                )
+                results.append(found)
+                shown.print(breakdown_bench.table(found))
+                keep()
+    return all(found.result.ok for found in results)
+
+
+def _alone_with_base(*options: object) -> None:
+    if any(options):
+        raise ValueError("--base runs ours against ours and prints it: leave out peers, providers and output files")
+
+
+def _against(
+    revision: str,
+    chosen: Sequence[ModelCase | OpCase],
+    quick: bool,
+    rounds: int | None,
+    threads: int | None,
+    device: str | None,
+) -> bool:
+    """``--base``: this tree against another revision of it."""
+    rounds = (MIN_ROUNDS if quick else DEFAULT_ROUNDS) if rounds is None else rounds
+    check_rounds(rounds)
+    if device not in (None, "cpu"):
+        raise ValueError(f"--base runs on the CPU alone, got --device {device}")
+    base_bench.commit_of(revision)
+    shown = console()
+    results: list[base_bench.Result] = []
+    with use_threads(threads):
+        shown.print(header(machine(torch.device("cpu")), {"device": "cpu", "rounds": rounds}))
+        with (
+            shown.status("starting") as status,
+            base_bench.servers(revision, torch.get_num_threads(), status.update) as running,
+        ):
+            try:
+                for case in chosen:
+                    results += base_bench.run_case(case, running, rounds=rounds, progress=status.update)
+            finally:
+                shown.print(base_bench.table(results, revision, DEFAULT_TOLERANCE))
+    return not any(result.verdict(DEFAULT_TOLERANCE)[1] for result in results)
+
+
+def everything(
+    *,
+    quick: bool = False,
+    threads: int | None = None,
+    device: str | None = None,
+    json_file: Path | None = None,
+    csv_file: Path | None = None,
+    html_file: Path | None = None,
+) -> bool:
+    """``bench all``: every kind of run that looks at this machine; True if none of them failed.
+
+    A kind that lacks what it needs is listed with the reason. An interrupted run keeps what was done.
+
+    Raises:
+        ValueError: a thread count out of range, a device that is not there, a file that cannot be written.
+        FileNotFoundError: the folder of a file does not exist.
+    """
+    outputs = Outputs.checked(json_file, csv_file, html_file)
+    place = _device(device)
+    options: dict[str, Any] = {"quick": quick, "threads": threads, "device": device}
+    kinds: dict[str, Callable[[Outputs], bool]] = {
+        "model": lambda files: _model(files, cases=QUICK_MODEL_CASES if quick else (), **options),
+        "ops": lambda files: _ops(files, **options),
+        "scaling": lambda files: _scaling(files, **options),
+        "breakdown": lambda files: _breakdown(files, **options),
+        "memory": _memory,
+    }
+    with use_threads(threads):
+        about = machine(place)
+    return all_kinds.run(kinds, outputs, about, {"device": place.type, "quick": quick}, console())
+
+
+def compare(old: Path, new: Path, *, tolerance: float = DEFAULT_TOLERANCE) -> bool:
+    """``bench compare``: True if nothing in ``new`` is slower than in ``old`` by more than ``tolerance`` percent, and
+    nothing that passed parity fails.
+
+    Raises:
+        FileNotFoundError: a file does not exist.
+        ValueError: a file is no document with times, or a tolerance below 0.
+    """
+    found = comparing.compare(comparing.read(old), comparing.read(new), tolerance)
+    shown = console()
+    for warning in found.warnings:
+        shown.print(f"warning: {warning}", style="yellow", soft_wrap=True, markup=False, highlight=False)
+    shown.print(comparing.table(found, tolerance))
+    for line in comparing.listed(found):
+        shown.print(line, soft_wrap=True, markup=False, highlight=False)
+    return found.ok
+
+
+def memory(*, json_file: Path | None = None, csv_file: Path | None = None, html_file: Path | None = None) -> bool:
     """``bench memory``: bytes of a layer's training step.
 
     Raises:
         ModuleNotFoundError: Triton is not installed, whose kernels' memory is counted.
         ValueError: a file that cannot be written.
-        FileNotFoundError: the folder of ``json_file`` does not exist.
+        FileNotFoundError: the folder of a file does not exist.
     """
+    return _memory(Outputs.checked(json_file, csv_file, html_file))
+
+
+def _memory(outputs: Outputs) -> bool:
     if find_spec("triton") is None:
         raise ModuleNotFoundError("bench memory counts what the Triton kernels allocate, and triton is not installed")
     from . import memory as memory_bench
 
-    target = None if json_file is None else check_writable(json_file, "--json")
     results = memory_bench.run()
     console().print(memory_bench.table(results))
-    if target is not None:
-        write_json(target, memory_bench.document(results))
+    outputs.finish(memory_bench.document(results))
     return True
 
 
@@ -222,12 +526,19 @@ def static(
     return not unfit and not any(row.problems for row in (*rows, *cuda_rows))
 
 
-def simulate(*, batches: Sequence[int] = (), architectures: Sequence[int] = (), json_file: Path | None = None) -> bool:
-    """``bench simulate``: counts of the compiled kernels.
+def simulate(
+    *,
+    batches: Sequence[int] = (),
+    architectures: Sequence[int] = (),
+    chip: str | None = None,
+    json_file: Path | None = None,
+) -> bool:
+    """``bench simulate``: counts of the compiled kernels, and lower bounds on a ``chip`` where one is named.
 
     Raises:
         ModuleNotFoundError: Triton or the simulator is not installed.
-        ValueError: a batch size below 1, an unknown architecture, TRITON_INTERPRET=1, a file that cannot be written.
+        ValueError: a batch size below 1, an unknown architecture or chip, an architecture that is not the chip's,
+            TRITON_INTERPRET=1, a file that cannot be written.
         FileNotFoundError: the folder of ``json_file`` does not exist.
     """
     for package in ("triton", "ptxsim"):
@@ -243,6 +554,13 @@ def simulate(*, batches: Sequence[int] = (), architectures: Sequence[int] = (), 
     for arch in architectures:
         if arch not in simulate_bench.TARGETS:
             raise ValueError(f"--arch must be one of {', '.join(map(str, simulate_bench.TARGETS))}, got {arch}")
+    named = None
+    if chip is not None:
+        check_known("chip", chip, CHIPS)
+        named = CHIPS[chip]
+        if any(arch != named.arch for arch in architectures):
+            raise ValueError(f"--chip {chip} runs code for --arch {named.arch}, got --arch {architectures[0]}")
+        architectures = [named.arch]
     target = None if json_file is None else check_writable(json_file, "--json")
     shown = console()
     results = []
@@ -252,10 +570,28 @@ def simulate(*, batches: Sequence[int] = (), architectures: Sequence[int] = (), 
                 counted = simulate_bench.run(batch, arch, progress=status.update)
                 results.append((batch, arch, counted, simulate_bench.main_loop(batch, arch)))
                 shown.print(simulate_bench.table(*results[-1]))
+                if named is not None:
+                    shown.print(simulate_bench.bounds_table(batch, named, counted))
     shown.print(simulate_bench.waste_table())
     if target is not None:
-        write_json(target, simulate_bench.document(results))
+        write_json(target, simulate_bench.document(results, named))
     return True
+
+
+@contextlib.contextmanager
+def _kept(
+    outputs: Outputs, shown: Console, so_far: Callable[[], Document], results: Sequence[object], total: int
+) -> Iterator[Callable[[], None]]:
+    """Gives what is to be called after every case. Where the block is left, in whatever way, all is written that was
+    done by then, the page too."""
+    try:
+        yield lambda: outputs.keep(so_far())
+    except KeyboardInterrupt:  # the last case may have been on its way to the files
+        kept = f"; they are in {outputs}" if str(outputs) else ""
+        shown.print(f"interrupted: {len(results)} of {count(total, 'case')} done{kept}", soft_wrap=True)
+        raise
+    finally:
+        outputs.finish(so_far())
 
 
 def _device(name: str | None) -> torch.device:

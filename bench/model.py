@@ -22,6 +22,7 @@ from beit3_fast.models import BEiT3, EncoderConfig
 from . import parity, reference
 from .cases import ModelCase, flops
 from .ops import ProviderError
+from .roofs import free_memory
 from .timing import Timing, interleave, stopwatch_for
 
 BASELINE = "reference"
@@ -139,6 +140,11 @@ def _optimized(setup: Setup) -> Run:
     return lambda: setup.inputs.call(model)
 
 
+def _int8(setup: Setup) -> Run:
+    model = optimize(setup.build(BEiT3), int8=True)
+    return lambda: setup.inputs.call(model)
+
+
 def _reference(setup: Setup) -> Run:
     model = setup.reference(setup.case.dtype)
     return lambda: setup.inputs.call(model)
@@ -170,6 +176,16 @@ OURS = Provider("beit3_fast", _ours)
 OPTIMIZED = Provider("beit3_fast, optimized", _optimized)
 REFERENCE = Provider(BASELINE, _reference, judged_by=BASELINE)
 COMPILED = Provider("reference, compiled", _compiled)
+INT8 = Provider(
+    "beit3_fast, int8",
+    _int8,
+    judged_by="beit3_fast, int8",
+    computes_in=lambda case: torch.int8,
+    missing=lambda case, device: None if device.type == "cpu" else "is for a CPU alone",
+    peer=True,
+)
+"""An explicit choice, no drop-in: its error is shown, and held to a cap alone."""
+
 AUTOCAST = Provider(
     "reference, autocast",
     lambda setup: under_autocast(setup.reference(torch.float32), setup),
@@ -284,6 +300,12 @@ def run_case(
     def say(message: str) -> None:
         progress(f"{case.name}: {message}")
 
+    needed, free = needed_memory(case, _config(case), len(taking_part)), free_memory(device)
+    if free is not None and needed > free:
+        baseline = getattr(make_setup, "baseline", BASELINE)
+        reason = f"it may need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
+        return CaseResult(case, [], None, baseline, skipped=reason)
+
     say("weights and inputs")
     setup = make_setup(case, device)
     say(f"the truth in {_name(case.truth)}")
@@ -329,6 +351,26 @@ def run_case(
             outcomes[error.provider] = replace(outcomes[error.provider], failure=str(error))
             del runs[error.provider]
     return CaseResult(case, list(outcomes.values()), timing, setup.baseline, flops(case, setup.config))
+
+
+def needed_memory(case: ModelCase, config: EncoderConfig, providers: int) -> int:
+    """Bytes that a run of the case may need, roughly: the weights that all start from, and then what is more, the truth
+    with what it computes on the way, or every provider's own weights with what one of them computes.
+
+    A layer in plain PyTorch makes some 16 tensors of the model's width, 4 of the hidden width and 3 of scores; a
+    training step keeps those of all layers, and gradients and two moments with the weights.
+    """
+    with torch.device("meta"):
+        weights = sum(p.numel() for p in reference.BEiT3(config).parameters())
+    width, hidden, heads = config.encoder_embed_dim, config.encoder_ffn_embed_dim, config.encoder_attention_heads
+    vision = ((case.image_size or 0) // config.patch_size) ** 2 + 1 if case.image_size else 0
+    tokens = vision + (case.text_tokens or 0)
+    layer = case.batch * (tokens * (16 * width + 4 * hidden) + 3 * heads * tokens**2)
+    training = case.task == "training"
+    kept = layer * (config.encoder_layers if training else 1)
+    truth = case.truth.itemsize * (weights * (2 if training else 1) + kept)
+    measured = case.dtype.itemsize * (providers * weights * (4 if training else 1) + kept)
+    return case.dtype.itemsize * weights + max(truth, measured)
 
 
 def _named(name: str, run: Run) -> Run:

@@ -5,15 +5,14 @@ the same length, with the padding mask. Converting, compiling and packing weight
 those of the run. Adding a peer is adding an entry to ``PEERS``.
 
 An engine is tried on a toy model in a process of its own first: one that crashes there, as some do on some processors,
-is missing from the run and does not end it. ``python -m beit3_fast.bench.model_peers NAME DTYPE`` is that process.
+is missing from the run and does not end it. ``python -m beit3_fast.bench.model_peers NAME DTYPE`` is that process,
+started through :mod:`.isolation`.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
-import signal
-import subprocess
 import sys
 import tempfile
 import warnings
@@ -28,10 +27,11 @@ from torch import Tensor, nn
 
 from beit3_fast.models import EncoderConfig
 
+from . import isolation
 from .cases import ModelCase, check_known
 from .model import Provider, Run, Setup, in_bfloat16, under_autocast
 
-TRIAL_SECONDS = 600
+MODULE = "beit3_fast.bench.model_peers"
 TRIAL = ModelCase("trial", "base", 2, 32, 6, (4, 6))
 TRIAL_CONFIG: dict[str, Any] = {
     "encoder_embed_dim": 64,
@@ -198,16 +198,8 @@ def _engine(name: str, *reasons: Missing) -> Missing:
 @functools.cache
 def _trial(name: str, dtype: str) -> str | None:
     """Runs an engine on a toy model in a process of its own; why it cannot be used, None if it can."""
-    command = [sys.executable, "-m", "beit3_fast.bench.model_peers", name, dtype]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=TRIAL_SECONDS)
-    except subprocess.TimeoutExpired:
-        return f"did not finish a toy model in {TRIAL_SECONDS} s"
-    if done.returncode < 0:
-        return f"crashed on a toy model: {signal.Signals(-done.returncode).name}"
-    if done.returncode:
-        return "cannot run a toy model: " + next(iter(done.stderr.strip().splitlines()[-1:]), "no message")
-    return None
+    end, _ = isolation.run(MODULE, [name, dtype])
+    return None if end is None else f"cannot run a toy model: {end}"
 
 
 def try_out(name: str, dtype: str) -> None:

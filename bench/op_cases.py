@@ -1,7 +1,8 @@
 """Which calls of the ops are benchmarked, as data.
 
 A case is one op at one shape, batch, dtype and direction. Adding a case is adding an entry to ``OP_CASES``, or a shape
-to ``SHAPES`` for every batch, dtype and direction at once.
+to ``SHAPES`` for every batch, dtype and direction at once. Cases in float16 are small: PyTorch's products of them take
+seconds on most CPUs.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ class Batch:
 
 @dataclass(frozen=True)
 class Shape:
-    """An op's sizes: ``width`` in, ``out`` the linear layer's output or the block's hidden width, ``heads`` of
-    attention; ``residual`` where the encoder fuses the addition."""
+    """An op's sizes: ``width`` in, ``out`` the linear layer's output or the block's hidden width, ``heads`` and
+    ``mask`` of attention; ``residual`` where the encoder fuses the addition."""
 
     name: str
     op: str
@@ -56,6 +57,7 @@ class Shape:
     out: int = 0
     heads: int = 0
     residual: bool = False
+    mask: str = "full"
 
 
 @dataclass(frozen=True)
@@ -159,8 +161,11 @@ def _attention_inputs(case: OpCase) -> dict[str, tuple[int, ...]]:
 
 
 def _pairs(case: OpCase) -> int:
-    """Query-key pairs of all samples."""
-    return sum((case.batch.vision + text) ** 2 for text in case.batch.text_lengths())
+    """Query-key pairs of all samples, as far as the mask allows them."""
+    vision, lengths = case.batch.vision, case.batch.text_lengths()
+    if case.shape.mask == "captioning":
+        return sum(vision**2 + text * vision + text * (text + 1) // 2 for text in lengths)
+    return sum((vision + text) ** 2 for text in lengths)
 
 
 OPS = {
@@ -174,18 +179,20 @@ OPS = {
     "attention": Op(
         _attention_inputs,
         lambda case: 4 * _pairs(case) * case.shape.width,
-        lambda case: _pairs(case) * case.shape.heads,
+        lambda case: sum((case.batch.vision + text) ** 2 for text in case.batch.text_lengths()) * case.shape.heads,
     ),
 }
 
 RAGGED = Batch("ragged", 8, 197, CAPTION_LENGTHS, PADDED_TEXT)
 DENSE = Batch("dense", 8, 197, (PADDED_TEXT,), PADDED_TEXT)
 SMALL = Batch("small", 2, 17, (13, 9), 16)
+PIXELS_480 = Batch("480px", 2, 901, CAPTION_LENGTHS, PADDED_TEXT)
 
 NORM = Shape("norm", "layer_norm")
 QKV = Shape("qkv", "multiway_linear", out=2304)
 FFN = Shape("ffn", "multiway_ffn", out=3072, residual=True)
 ATTENTION = Shape("attention", "attention", heads=12)
+CAPTIONING = Shape("attention-captioning", "attention", heads=12, mask="captioning")
 SHAPES = (
     NORM,
     Shape("norm-hidden", "layer_norm", width=3072),
@@ -196,9 +203,26 @@ SHAPES = (
 )
 DTYPES = (torch.float32, torch.bfloat16)
 
-OP_CASES = tuple(OpCase(*entry) for entry in product(SHAPES, (RAGGED, DENSE), DTYPES, (False, True)))
+DIRECTIONS = (False, True)
+ONE_EACH = (NORM, QKV, FFN, ATTENTION)
+
+OP_CASES = tuple(
+    OpCase(*entry)
+    for entries in (
+        product(SHAPES, (RAGGED, DENSE), DTYPES, DIRECTIONS),
+        product((CAPTIONING,), (RAGGED,), DTYPES, DIRECTIONS),
+        product((ATTENTION,), (PIXELS_480,), DTYPES, DIRECTIONS),
+        product(ONE_EACH, (SMALL,), (torch.float16,), DIRECTIONS),
+    )
+    for entry in entries
+)
 QUICK_OP_CASES = tuple(
-    OpCase(*entry) for entry in product((NORM, QKV, FFN, ATTENTION), (SMALL,), DTYPES, (False, True))
+    OpCase(*entry)
+    for entries in (
+        product(ONE_EACH, (SMALL,), DTYPES, DIRECTIONS),
+        product((CAPTIONING,), (SMALL,), (torch.float32,), DIRECTIONS),
+    )
+    for entry in entries
 )
 
 

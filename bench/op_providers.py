@@ -78,7 +78,7 @@ def _by_rows(function: Callable[..., Any]) -> Build:
 
 
 def _by_samples(function: Callable[..., Tensor]) -> Build:
-    return lambda case, layout: lambda qkv: function(qkv, layout, case.shape.heads)
+    return lambda case, layout: lambda qkv: function(qkv, layout, case.shape.heads, mask=case.shape.mask)
 
 
 # ---- the public code's way: split at the end of the vision tokens, one module an expert, concatenate ----
@@ -134,12 +134,14 @@ def _public_ffn(case: OpCase, layout: TokenLayout) -> Compute:
 
 def _public_attention(case: OpCase, layout: TokenLayout) -> Compute:
     """Scores and probabilities in memory, softmax in fp32, and the mask applied whether or not anything is padded."""
-    hidden = _padding(layout)
+    hidden = _padding(layout)[:, None, None, :]
+    if case.shape.mask == "captioning":
+        hidden = hidden | ~_captioning(layout.width, layout.vision_width, layout.device)
 
     def compute(qkv: Tensor) -> Tensor:
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))  # [B, H, S, d]
         scores = (q * q.shape[-1] ** -0.5) @ k.transpose(2, 3)
-        scores = scores.masked_fill(hidden[:, None, None, :], -math.inf)
+        scores = scores.masked_fill(hidden, -math.inf)
         probabilities = F.softmax(scores, dim=-1, dtype=torch.float32).type_as(scores)
         return (probabilities @ v).transpose(1, 2).flatten(2)
 
@@ -150,6 +152,14 @@ def _padding(layout: TokenLayout) -> Tensor:
     """(B, S) bool, True where a column is padding."""
     text_column = torch.arange(layout.width, device=layout.device) - layout.vision_width
     return text_column >= layout.text_len.unsqueeze(1)
+
+
+def _captioning(tokens: int, vision: int, device: torch.device) -> Tensor:
+    """(S, S) bool: which key (column) a query (row) of a sample sees; image sees image, text sees image and the text up
+    to itself."""
+    return torch.ones(tokens, tokens, dtype=torch.bool, device=device).tril() | (
+        torch.arange(tokens, device=device) < vision
+    )
 
 
 PUBLIC: dict[str, Build] = {
@@ -193,6 +203,9 @@ def _sdpa_padded(case: OpCase, layout: TokenLayout) -> Compute:
     valid = torch.arange(width, device=layout.device) < torch.tensor(lengths, device=layout.device).unsqueeze(1)
     back = valid.flatten().nonzero().flatten()[_back(torch.cat(samples))]
     allowed = None if min(lengths) == width else valid[:, None, None, :]
+    if case.shape.mask == "captioning":
+        seen = _captioning(width, case.batch.vision, layout.device)
+        allowed = seen if allowed is None else seen & allowed
 
     def compute(qkv: Tensor) -> Tensor:
         q, k, v = qkv.index_select(0, order.flatten()).unflatten(0, order.shape).permute(2, 0, 3, 1, 4)
@@ -205,12 +218,16 @@ def _sdpa_padded(case: OpCase, layout: TokenLayout) -> Compute:
 def _sdpa_per_sample(case: OpCase, layout: TokenLayout) -> Compute:
     samples = _sample_rows(layout)
     back = _back(torch.cat(samples))
+    masks = [
+        _captioning(rows.numel(), case.batch.vision, layout.device) if case.shape.mask == "captioning" else None
+        for rows in samples
+    ]
 
     def compute(qkv: Tensor) -> Tensor:
         outs = []
-        for rows in samples:
+        for rows, mask in zip(samples, masks, strict=True):
             q, k, v = qkv.index_select(0, rows).permute(1, 2, 0, 3).unsqueeze(1)
-            outs.append(F.scaled_dot_product_attention(q, k, v)[0].transpose(0, 1).flatten(1))
+            outs.append(F.scaled_dot_product_attention(q, k, v, attn_mask=mask)[0].transpose(0, 1).flatten(1))
         return torch.cat(outs).index_select(0, back)
 
     return compute
@@ -310,6 +327,8 @@ def _gpu_package(package: str, *dtypes: torch.dtype) -> Callable[[OpCase, torch.
             return "needs a GPU"
         if dtypes and case.dtype not in dtypes:
             return f"does not take {str(case.dtype).removeprefix('torch.')}"
+        if case.shape.mask != "full":
+            return f"has no {case.shape.mask} mask over samples of different lengths"
         return None
 
     return missing

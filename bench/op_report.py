@@ -7,16 +7,20 @@ The JSON is an object::
     complete   false when the run was interrupted: later cases are missing
     machine    as in bench model
     settings   device, rounds
-    roofs      bandwidth_gb_s; matrix_gflop_s, an object with one number a dtype
+    roofs      bandwidth_gb_s; matrix_gflop_s, an object with one number a dtype: the roofs that shares are of;
+               peak_gflop_s, an object with core (one thread) and all a dtype, of multiply-adds in registers;
+               memory_gb_s, an object with one number a kind of pass; probe, null, or what measured the peaks, or why
+               nothing did
     results    one object a case:
       case       name, op, batch, rows (tokens), vision_tokens, text_lengths (valid tokens per sample), text_width,
-                 width, out, heads, residual, dtype, direction ("forward" or "backward"), flops, bytes
+                 width, out, heads, residual, mask ("full" or "captioning", null where there is no attention), dtype,
+                 direction ("forward" or "backward"), flops, bytes
       ok         ours ran and passed, or the case was skipped
       skipped    null, or why the case was not run
       providers  one object each:
         name
         missing   null, or why it cannot take part
-        failure   null, or what it raised
+        failure   null, or what it raised, or how it ended the process in which it was tried
         errors    null, or for each result ("out", or the input whose gradient it is) null or maximum, rms, absolute as
                   in bench model
         parity    "passed", "failed", or null when it did not run
@@ -52,8 +56,7 @@ SCHEMA = 1
 
 def roofs_line(roofs: Roofs) -> str:
     """The machine's roofs in a line."""
-    rates = ", ".join(f"{_rate(rate)} in {_dtype(dtype)}" for dtype, rate in roofs.matrix.items())
-    return f"measured roofs: memory {roofs.bandwidth / 1e9:.3g} GB/s; matrix products {rates}"
+    return roofs.line()
 
 
 def op_table(result: OpResult, roofs: Roofs) -> Table:
@@ -81,6 +84,8 @@ def describe(case: OpCase) -> str:
     parts = [f"{batch.samples} x ({batch.vision} + {text:.3g}) tokens"]
     if case.op == "attention":
         parts.append(f"{shape.heads} heads of {shape.width // shape.heads}")
+        if shape.mask != "full":
+            parts.append(f"{shape.mask} mask")
     else:
         parts.append(f"width {shape.width}" + (f" to {shape.out}" if shape.out else ""))
     if shape.residual:
@@ -96,7 +101,7 @@ def _row(outcome: OpOutcome, result: OpResult, roofs: Roofs) -> list[Any]:
     error = outcome.error
     maximum = "" if error is None else f"{error.maximum:.1e}"
     if outcome.failure is not None:
-        return [outcome.provider, maximum, Text(f"raised {outcome.failure}", style="bold red"), "none", "", ""]
+        return [outcome.provider, maximum, Text(f"did not run: {outcome.failure}", style="bold red"), "none", "", ""]
     assert outcome.verdict is not None
     if not outcome.ok or result.timing is None:
         return [outcome.provider, maximum, Text(f"FAILED: {outcome.verdict.reason}", style="bold red"), "none", "", ""]
@@ -128,10 +133,7 @@ def op_document(
         "complete": complete,
         "machine": dict(machine),
         "settings": dict(settings),
-        "roofs": {
-            "bandwidth_gb_s": roofs.bandwidth / 1e9,
-            "matrix_gflop_s": {_dtype(dtype): rate / 1e9 for dtype, rate in roofs.matrix.items()},
-        },
+        "roofs": roofs.document(),
         "results": [
             {
                 "case": _case(result.case),
@@ -158,6 +160,7 @@ def _case(case: OpCase) -> dict[str, Any]:
         "out": shape.out,
         "heads": shape.heads,
         "residual": shape.residual,
+        "mask": shape.mask if case.op == "attention" else None,
         "dtype": _dtype(case.dtype),
         "direction": "backward" if case.backward else "forward",
         "flops": case.flops(),
@@ -202,12 +205,6 @@ def _speedup(provider: str, timing: Timing) -> Estimate | None:
     if provider == OURS.name or OURS.name not in timing.rounds:
         return None
     return timing.speedup(OURS.name, over=provider)
-
-
-def _rate(flop_per_second: float) -> str:
-    return (
-        f"{flop_per_second / 1e12:.3g} TFLOP/s" if flop_per_second >= 1e12 else f"{flop_per_second / 1e9:.3g} GFLOP/s"
-    )
 
 
 def _dtype(dtype: torch.dtype) -> str:

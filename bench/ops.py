@@ -7,6 +7,8 @@ Time: rounds in which every provider runs once, close together. In a model an op
 a cache, so before every call, untimed, a buffer twice the size of the last cache is overwritten; and calls rotate over
 ``SETS`` inputs, so that nothing remembered from one call serves the next. What is timed in the backward is the backward
 alone: the forward that it needs runs before it, untimed.
+
+Peers are tried in a process of their own first (:mod:`.op_trial`): one that dies there is reported and does not run.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ from torch import Tensor
 
 from beit3_fast.layout import TokenLayout
 
-from . import parity
+from . import op_trial, parity
 from .op_cases import OpCase
 from .op_providers import OURS, REFERENCE, Compute, OpProvider
 from .roofs import cache_bytes, free_memory
@@ -182,8 +184,9 @@ class ProviderError(Exception):
 
 @dataclass(frozen=True)
 class OpOutcome:
-    """One provider's result: ``missing`` is why it cannot take part, ``failure`` what it raised, ``verdict`` whether
-    every result was near enough to be timed, ``errors`` how far each is from the truth."""
+    """One provider's result: ``missing`` is why it cannot take part, ``failure`` what it raised or how it ended the
+    process that tried it, ``verdict`` whether every result was near enough to be timed, ``errors`` how far each is from
+    the truth."""
 
     provider: str
     missing: str | None = None
@@ -249,12 +252,16 @@ def run_case(
     say("the truth in float64")
     truth = problems[0].truth()
 
+    missing = {provider.name: provider.missing(case, device) for provider in those_of_the_op}
+    say("whether a peer ends the process")
+    ends = op_trial.crashes(case, [p for p in those_of_the_op if missing[p.name] is None], device)
     outcomes: dict[str, OpOutcome] = {}
     calls: dict[str, Call] = {}
     for provider in those_of_the_op:
-        missing = provider.missing(case, device)
-        if missing is not None:
-            outcomes[provider.name] = OpOutcome(provider.name, missing=missing)
+        if missing[provider.name] is not None or provider.name in ends:
+            outcomes[provider.name] = OpOutcome(
+                provider.name, missing=missing[provider.name], failure=ends.get(provider.name)
+            )
             continue
         say(f"parity of {provider.name}")
         try:

@@ -6,7 +6,7 @@ The JSON is an object::
     kind       "model"
     machine    cpu, cores, threads, isa, gpu, system, python, torch, beit3_fast, git_revision (null outside a checkout)
     settings   device, rounds
-    roofs      matrix_gflop_s: an object with one number a dtype, measured on this machine
+    roofs      as in bench ops, measured on this machine
     results    one object a case:
       case       name, size, batch, image_size, text_tokens, text_lengths (valid tokens per sample), dtype, truth,
                  task ("forward", "training" or "captioning")
@@ -172,7 +172,7 @@ def document(
         "kind": "model",
         "machine": dict(machine),
         "settings": dict(settings),
-        "roofs": {"matrix_gflop_s": {_dtype(dtype): rate / 1e9 for dtype, rate in roofs.matrix.items()}},
+        "roofs": roofs.document(),
         "results": [_result(result, roofs) for result in results],
     }
 

@@ -10,6 +10,20 @@ Each case calls an op's kernels at base-size widths in bf16 inside ``ptxsim.simu
     sectors         bytes over 32 x the sectors they touch, loads and stores
     banks           shared-memory wavefronts over the fewest possible
     traffic         bytes requested from L2 and stored, over each operand's bytes once
+
+For a named chip there are lower bounds besides (:mod:`.chips`): microseconds below which it cannot do what was counted.
+They are no times: what a launch takes above the largest of them only a GPU can tell.
+
+The JSON is an object::
+
+    schema     1; raised when a field changes its meaning or goes away
+    kind       "simulate"
+    chip       null, or the chip that bounds are for: name, arch, multiprocessors, clock, tensor, dram (Hz, FLOP and
+               bytes a second)
+    results    one object a batch and architecture: batch, arch ("sm_80"), main_loop, and
+      launches   call, kernel, operations, instructions, sectors, banks, traffic as above (null without matrix
+                 instructions); work: bytes, flops, issued, wavefronts; lower_bounds_us: null, or microseconds by
+                 resource ("DRAM", "tensor cores", "issue slots", "shared memory"); binds: null, or the largest's name
 """
 
 from __future__ import annotations
@@ -25,6 +39,7 @@ from torch import Tensor
 from ..kernels import attention, decode_attention, multiway_ffn, multiway_linear
 from ..kernels.config import default_row_config
 from ..layout import TokenLayout
+from .chips import Chip, Work, bounds, work
 
 SCHEMA = 1
 WIDTH, HIDDEN, HEADS = 768, 3072, 12
@@ -35,7 +50,8 @@ TARGETS = (80, 90)
 
 @dataclass(frozen=True)
 class Counted:
-    """One launch's counts; those of matrix instructions are None where there are none."""
+    """One launch's counts; those of matrix instructions are None where there are none. ``work`` is what bounds follow
+    from."""
 
     call: str
     kernel: str
@@ -44,6 +60,7 @@ class Counted:
     sectors: float
     banks: float
     traffic: float
+    work: Work
 
 
 def run(batch: int, target: int, progress: Callable[[str], None] = lambda _: None) -> list[Counted]:
@@ -167,6 +184,7 @@ def _count(call: str, kernel: str, stats: dict[str, Any], useful: int) -> Counte
         sectors=requested / (32 * sum(part["sectors"] for part in moved)),
         banks=sum(part["wavefronts"] for part in shared) / ideal if ideal else 1.0,
         traffic=requested / (stats["unique_read"] + stats["unique_written"]),
+        work=work(stats),
     )
 
 
@@ -197,6 +215,32 @@ def table(batch: int, target: int, counted: Sequence[Counted], loop: float) -> T
     return shown
 
 
+def bounds_table(batch: int, chip: Chip, counted: Sequence[Counted]) -> Table:
+    """Lower bounds on ``chip`` for one batch size."""
+    shown = Table(
+        title=f"lower bounds on {chip.name}, {batch} x ({VISION} + {TEXT}) tokens: microseconds, no times",
+        title_justify="left",
+        title_style="bold",
+        caption="what a launch cannot be faster than, were one resource all it needed; data-sheet rates, cold caches",
+        caption_justify="left",
+    )
+    shown.add_column("call")
+    shown.add_column("launch")
+    resources = list(bounds(Work(0, 0, 0, 0), chip))
+    for name in resources:
+        shown.add_column(name, justify="right")
+    shown.add_column("at least", justify="right")
+    shown.add_column("bound by")
+    previous = None
+    for item in counted:
+        found = bounds(item.work, chip)
+        binds = max(resources, key=lambda name: found[name])
+        cells = [f"{found[name]:.2f}" for name in resources]
+        shown.add_row("" if item.call == previous else item.call, item.kernel, *cells, f"{found[binds]:.2f} us", binds)
+        previous = item.call
+    return shown
+
+
 def waste_table(arch: int = 80) -> Table:
     """Row-tile padding of fc1 for usual token counts, with the default configs."""
     shown = Table(
@@ -216,13 +260,25 @@ def waste_table(arch: int = 80) -> Table:
     return shown
 
 
-def document(results: Sequence[tuple[int, int, Sequence[Counted], float]]) -> dict[str, Any]:
-    """The JSON of a run: schema, kind "simulate", and per batch and architecture the launches and the main loop."""
+def document(results: Sequence[tuple[int, int, Sequence[Counted], float]], chip: Chip | None = None) -> dict[str, Any]:
+    """The JSON of a run; the module's docstring describes it."""
     return {
         "schema": SCHEMA,
         "kind": "simulate",
+        "chip": None if chip is None else asdict(chip),
         "results": [
-            {"batch": batch, "arch": f"sm_{target}", "main_loop": loop, "launches": [asdict(item) for item in counted]}
+            {
+                "batch": batch,
+                "arch": f"sm_{target}",
+                "main_loop": loop,
+                "launches": [_launch(item, chip) for item in counted],
+            }
             for batch, target, counted, loop in results
         ],
     }
+
+
+def _launch(item: Counted, chip: Chip | None) -> dict[str, Any]:
+    found = None if chip is None else bounds(item.work, chip)
+    binds = None if found is None else max(found, key=lambda name: found[name])
+    return asdict(item) | {"lower_bounds_us": found, "binds": binds}

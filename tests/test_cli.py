@@ -159,6 +159,9 @@ def test_exit_code_tells_whether_parity_held(passed, code, monkeypatch, tmp_path
         "compiled": True,
         "device": "cpu",
         "json_file": tmp_path / "o.json",
+        "base": None,
+        "csv_file": None,
+        "html_file": None,
     }
     assert {name: str(value) for name, value in demo_options.items()} == {
         "images": str(demo_options["images"]),

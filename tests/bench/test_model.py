@@ -184,6 +184,44 @@ def test_without_its_reference_nobody_is_judged():
     assert "nothing to judge it by" in result.outcomes[1].verdict.reason
 
 
+class TestMemory:
+    def test_a_case_that_does_not_fit_is_skipped_with_the_figure(self, monkeypatch, tmp_path, capsys):
+        monkeypatch.setattr(model, "free_memory", lambda device: 2**20)
+        monkeypatch.setattr(model, "_weights", lambda *arguments: pytest.fail("weights were made"))
+        assert command.model(rounds=6, device="cpu", json_file=tmp_path / "out.json")
+        assert "skipped: it may need 0.0 GiB, 0.0 GiB are free" in capsys.readouterr().out
+        (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
+        assert result["skipped"].startswith("it may need")
+        assert (result["ok"], result["providers"]) == (True, [])
+
+    def test_where_the_system_does_not_tell_it_runs(self, monkeypatch):
+        monkeypatch.setattr(model, "free_memory", lambda device: None)
+        assert model.run_case(PADDED, [model.REFERENCE], device=CPU, rounds=6).skipped is None
+
+    def test_the_figure_by_hand(self):
+        config = EncoderConfig(**TOY, img_size=32)
+        weights = sum(tensor.numel() for tensor in model.Setup(PADDED, CPU).weights.values())
+        layer = 3 * (15 * (16 * 64 + 4 * 128) + 3 * 4 * 15**2)
+        # the set that all are copied from, and five providers' or the truth's
+        assert model.needed_memory(PADDED, config, 5) == 4 * weights * 6 + 4 * layer
+        assert model.needed_memory(PADDED, config, 1) == 4 * weights + 8 * (weights + layer)
+        step = replace(PADDED, task="training")
+        assert model.needed_memory(step, config, 2) == 4 * weights * 9 + 4 * 2 * layer
+        assert model.needed_memory(step, config, 0) == 4 * weights + 8 * (2 * weights + 2 * layer)
+
+    def test_it_grows_with_what_takes_memory(self):
+        def needed(case, providers=3):
+            return model.needed_memory(case, EncoderConfig.base(img_size=case.image_size or 224), providers)
+
+        joint = next(case for case in MODEL_CASES if case.name == "base-joint")
+        gib = 2**30
+        assert 2 * gib < needed(joint) < 6 * gib
+        assert needed(joint, 6) - needed(joint) == pytest.approx(3 * 4 * 222e6, rel=0.05)
+        assert needed(replace(joint, dtype=torch.bfloat16, truth=torch.float32)) < 0.6 * needed(joint)
+        assert needed(replace(joint, batch=10_000)) > 500 * gib
+        assert needed(replace(joint, image_size=1600)) > 5 * needed(joint)
+
+
 def test_command_prints_and_keeps_everything(tmp_path, capsys):
     target = tmp_path / "out.json"
     assert command.model(rounds=6, device="cpu", json_file=target)
@@ -197,7 +235,7 @@ def test_command_prints_and_keeps_everything(tmp_path, capsys):
     assert (kept["schema"], kept["kind"]) == (1, "model")
     assert kept["settings"] == {"device": "cpu", "rounds": 6}
     assert kept["machine"]["torch"] == torch.__version__
-    assert kept["roofs"] == {"matrix_gflop_s": {"float32": 2000, "bfloat16": 4000}}
+    assert kept["roofs"]["matrix_gflop_s"] == {"float32": 2000, "bfloat16": 4000}
     (result,) = kept["results"]
     assert (result["ok"], result["skipped"], result["baseline"]) == (True, None, "reference")
     assert result["case"] == {

@@ -138,14 +138,14 @@ def test_onnxruntime_has_no_bfloat16():
     ("returncode", "stderr", "reason"),
     [
         (0, "", None),
-        (-8, "", "crashed on a toy model: SIGFPE"),
-        (-11, "Segmentation fault", "crashed on a toy model: SIGSEGV"),
+        (-8, "", "cannot run a toy model: died with SIGFPE"),
+        (-11, "Segmentation fault", "cannot run a toy model: died with SIGSEGV"),
         (
             1,
             "Traceback\nImportError: built for torch 2.9\n",
             "cannot run a toy model: ImportError: built for torch 2.9",
         ),
-        (1, "", "cannot run a toy model: no message"),
+        (1, "", "cannot run a toy model: ended with exit code 1"),
     ],
 )
 def test_an_engine_is_tried_in_a_process_of_its_own_once(returncode, stderr, reason, monkeypatch):
@@ -153,7 +153,7 @@ def test_an_engine_is_tried_in_a_process_of_its_own_once(returncode, stderr, rea
 
     def process(command, **options):
         started.append(command[1:])
-        return types.SimpleNamespace(returncode=returncode, stderr=stderr)
+        return types.SimpleNamespace(returncode=returncode, stdout=b"", stderr=stderr.encode())
 
     monkeypatch.setattr(model_peers, "find_spec", lambda package: object())
     monkeypatch.setattr(subprocess, "run", process)
@@ -168,7 +168,7 @@ def test_an_engine_that_hangs_is_missing(monkeypatch):
 
     monkeypatch.setattr(model_peers, "find_spec", lambda package: object())
     monkeypatch.setattr(subprocess, "run", process)
-    assert PEERS["openvino"].missing(CASE, CPU) == "did not finish a toy model in 600 s"
+    assert PEERS["openvino"].missing(CASE, CPU) == "cannot run a toy model: did not finish in 600 s"
 
 
 def test_the_trial_builds_and_runs_the_engine(monkeypatch):
@@ -206,7 +206,7 @@ class TestSelection:
         assert self.names("captioning") == ["public loop", "beit3_fast", "beit3_fast, optimized"]
 
     def test_peers(self):
-        peers = ["reference, compiled", "public", "public, autocast", *ENGINES]
+        peers = ["beit3_fast, int8", "reference, compiled", "public", "public, autocast", *ENGINES]
         assert self.names(peers=True) == [*self.names(), *peers]
         assert self.names("training", peers=True) == ["reference", "beit3_fast", "public"]
 
