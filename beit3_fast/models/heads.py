@@ -305,7 +305,8 @@ class BEiT3ForCaptioning(BEiT3Wrapper):
         prefix = ImagePrefix(layout, config.encoder_attention_heads)
         positions = self.beit3.encoder.embed_positions
         vision = self.beit3.vision_embed(image) + positions.vision(layout.vision_width)
-        self.beit3.encoder(vision.flatten(0, 1), layout, store=prefix)
+        no_rows = torch.empty(0, dtype=torch.int32, device=image.device)  # of the last layer, keys and values are enough
+        self.beit3.encoder(vision.flatten(0, 1), layout, store=prefix, keep=no_rows)
         rows = len(image) * num_beams
         cache = BeamCache(prefix, num_beams, columns=max_length - 1)
         step_layout = TokenLayout.from_lengths([0] * rows, [2] * rows, device=image.device)

@@ -48,7 +48,6 @@ struct Product {
 struct ProductTask {
   const Product* product;
   int64_t row, rows, column, columns;
-  int64_t cost;  // of this task and all before it
 };
 
 // Up to this many rows, B is read where it lies: bringing it into panels would cost more than the products.

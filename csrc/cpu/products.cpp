@@ -72,34 +72,37 @@ void run_products(std::vector<Product> products, ScalarType operands, ScalarType
   const int64_t threads =
       std::clamp<int64_t>(total / work_per_thread, 1, static_cast<int64_t>(torch::stable::get_num_threads()));
 
-  std::vector<ProductTask> tasks;
-  int64_t cost = 0, most_rows = 0;
+  // Each thread's tasks. A task is a panel of b and all rows; or where no panel has to be brought into order first, few
+  // enough to stay in the second-level cache from panel to panel. Where the shares of two threads meet, a task is cut
+  // between tiles, so that they end at the same time.
+  std::vector<std::vector<ProductTask>> shares(threads);
+  int64_t share = 0, left = total / threads, most_rows = 0;
   for (const Product& p : products) {
-    // A task is a panel of b and some rows: as many as leave every thread several tasks, and where no task brings its
-    // panel into order first, few enough to stay in the second-level cache from panel to panel.
-    const int64_t panels = (p.columns + widest_panel - 1) / widest_panel;
-    const int64_t for_threads = std::min(4 * threads / std::max<int64_t>(panels, 1), p.rows / few_rows + 1);
-    const int64_t for_cache = p.panels == nullptr ? 1 : (p.rows + rows_in_cache / 2) / rows_in_cache;
-    const int64_t cuts = std::max<int64_t>({for_threads, for_cache, 1});
-    const int64_t most = packed_rows_of((p.rows + cuts - 1) / cuts);
-    for (int64_t row = 0; row < p.rows; row += most) {
+    const int64_t blocks = p.panels == nullptr ? 1 : (p.rows + rows_in_cache / 2) / rows_in_cache;
+    const int64_t most = packed_rows_of(p.rows / std::max<int64_t>(blocks, 1) + 1);
+    for (int64_t first = 0; first < p.rows; first += most) {
+      const int64_t end = std::min(first + most, p.rows);
       for (int64_t column = 0; column < p.columns; column += widest_panel) {
-        const int64_t rows = std::min(most, p.rows - row), columns = std::min(widest_panel, p.columns - column);
-        cost += rows * columns * std::max<int64_t>(p.depth, 1);
-        most_rows = std::max(most_rows, rows);
-        tasks.push_back({&p, row, rows, column, columns, cost});
+        const int64_t columns = std::min(widest_panel, p.columns - column);
+        const int64_t cost = columns * std::max<int64_t>(p.depth, 1);  // of a row
+        for (int64_t row = first; row < end;) {
+          const int64_t tiles = (std::max<int64_t>(left / cost, 0) + product_tile_rows / 2) / product_tile_rows;
+          const int64_t rows = share == threads - 1 ? end - row : std::min(tiles * product_tile_rows, end - row);
+          if (rows > 0) shares[share].push_back({&p, row, rows, column, columns});
+          most_rows = std::max(most_rows, rows);
+          row += rows;
+          left -= rows * cost;
+          if (row < end) left += total / threads, ++share;
+        }
       }
     }
   }
   const Kernel kernel = kernel_of(operands, out, products.front().column_scales != nullptr);
-  const auto first_of = [&](int64_t share) {
-    const auto before = [](const ProductTask& task, int64_t sum) { return task.cost <= sum; };
-    return std::lower_bound(tasks.begin(), tasks.end(), cost / threads * share, before);
-  };
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
     const Scratch scratch(product_scratch(most_rows, deepest));
-    const auto last = end == threads ? tasks.end() : first_of(end);
-    for (auto task = begin == 0 ? tasks.begin() : first_of(begin); task != last; ++task) kernel(*task, scratch.get());
+    for (int64_t s = begin; s < end; ++s) {
+      for (const ProductTask& task : shares[s]) kernel(task, scratch.get());
+    }
   });
 }
 

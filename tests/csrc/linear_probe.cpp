@@ -27,8 +27,8 @@ bool run(Product& p, Kernel kernel, Pack pack, int64_t words, bool in_place) {
   }
   for (int64_t row = 0; row < p.rows; row += first_rows) {
     const int64_t count = p.rows - row < first_rows ? p.rows - row : first_rows;
-    const ProductTask tasks[] = {{&p, row, count, 0, half < p.columns ? half : p.columns, 0},
-                                 {&p, row, count, half, p.columns - half, 0}};
+    const ProductTask tasks[] = {{&p, row, count, 0, half < p.columns ? half : p.columns},
+                                 {&p, row, count, half, p.columns - half}};
     for (const ProductTask& task : tasks) {
       if (task.columns > 0) kernel(task, memory.get());
     }
