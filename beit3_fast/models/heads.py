@@ -305,7 +305,8 @@ class BEiT3ForCaptioning(BEiT3Wrapper):
         prefix = ImagePrefix(layout, config.encoder_attention_heads)
         positions = self.beit3.encoder.embed_positions
         vision = self.beit3.vision_embed(image) + positions.vision(layout.vision_width)
-        no_rows = torch.empty(0, dtype=torch.int32, device=image.device)  # of the last layer, keys and values are enough
+        # of the last layer, keys and values are all that is read
+        no_rows = torch.empty(0, dtype=torch.int32, device=image.device)
         self.beit3.encoder(vision.flatten(0, 1), layout, store=prefix, keep=no_rows)
         rows = len(image) * num_beams
         cache = BeamCache(prefix, num_beams, columns=max_length - 1)
