@@ -15,6 +15,7 @@ Environment:
     TORCH_CUDA_ARCH_LIST   GPU architectures, as for PyTorch ("8.0 9.0a 12.0+PTX"); default: all from 7.5 to 12.0 that
                            nvcc knows, and PTX of the last for newer ones
     CXX, CUDA_HOME         the compilers, if not c++, g++ or clang++ and nvcc on PATH
+    CMAKE_BUILD_TYPE       Release (default), or Debug
     MAX_JOBS               compile jobs at a time; default: one a core, as far as memory allows
 """
 
@@ -144,6 +145,13 @@ def nvcc_release(nvcc: str) -> str:
     return f"nvcc {match.group(1)}" if match else "nvcc"
 
 
+def build_type() -> str:
+    requested = os.environ.get("CMAKE_BUILD_TYPE", "Release")
+    if requested not in ("Release", "Debug"):
+        raise SetupError(f"CMAKE_BUILD_TYPE must be Release or Debug, got {requested!r}")
+    return requested
+
+
 def max_jobs() -> int:
     requested = os.environ.get("MAX_JOBS")
     if requested is not None:
@@ -207,7 +215,7 @@ class BuildNative(Command):
 
         jobs = max_jobs()
         cmake, ninja = find_tool("cmake"), find_tool("ninja")
-        options += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}", "-DCMAKE_BUILD_TYPE=Release"]
+        options += ["-GNinja", f"-DCMAKE_MAKE_PROGRAM={ninja}", f"-DCMAKE_BUILD_TYPE={build_type()}"]
         # A cache made with other tools, say those of a build environment that is gone, cannot be continued.
         tools = work / "tools.json"
         described = json.dumps([cmake, *options, os.environ.get("CXX")])
