@@ -22,7 +22,7 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 DTYPES = (torch.float32, torch.float16) if INTERPRETED else (torch.float32, torch.bfloat16, torch.float16)
 
 # Compiling takes a second or two for every shape and dtype; the interpreter can try many shapes instead.
-EXAMPLES = 12 if INTERPRETED else 4
+EXAMPLES = 8 if INTERPRETED else 4
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
