@@ -77,6 +77,39 @@ def _public_autocast(setup: Setup) -> Run:
     return under_autocast(setup.build(public_backbone, torch.float32), setup)
 
 
+# ---- timm ----
+
+
+def _timm(setup: Setup) -> Run:
+    """timm's own BEiT-3, a VisionTransformer, with the case's weights through timm's checkpoint filter."""
+    timm = quietly_import("timm")
+    from timm.models.vision_transformer import checkpoint_filter_fn
+
+    config = setup.config
+    model = timm.create_model(
+        "beit3_base_patch16_224",
+        img_size=config.img_size,
+        patch_size=config.patch_size,
+        embed_dim=config.encoder_embed_dim,
+        depth=config.encoder_layers,
+        num_heads=config.encoder_attention_heads,
+        mlp_ratio=config.encoder_ffn_embed_dim / config.encoder_embed_dim,
+        num_classes=0,
+        global_pool="token",  # the final LayerNorm is that of all tokens
+    )
+    released = {f"beit3.{name}": tensor.clone() for name, tensor in setup.weights.items()}
+    state = checkpoint_filter_fn(released, model)
+    for part in ("weight", "bias"):
+        state[f"norm.{part}"] = state.pop(f"layer_norm.{part}")  # no released image model has one
+    model.load_state_dict(state, strict=True)
+    model = model.to(device=setup.device, dtype=setup.case.dtype).eval()
+    return lambda: model.forward_features(setup.inputs.visual_tokens)
+
+
+def _images_alone(case: ModelCase, device: torch.device) -> str | None:
+    return None if case.text_tokens is None else "has the image tower alone"
+
+
 # ---- engines ----
 
 
@@ -153,6 +186,17 @@ def _zentorch(setup: Setup) -> Run:
     return lambda: compiled(*tensors)
 
 
+def _tensorrt(setup: Setup) -> Run:
+    import torch_tensorrt  # noqa: F401  (registers the backend)
+
+    torch.compiler.reset()
+    module, tensors = _positional(setup, setup.case.dtype)
+    compiled = torch.compile(module, backend="torch_tensorrt", dynamic=False)
+    with setup.running():
+        compiled(*tensors)  # compiles
+    return lambda: compiled(*tensors)
+
+
 # ---- who can take part ----
 
 
@@ -180,6 +224,10 @@ def _survives(name: str) -> Missing:
         return _trial(name, str(case.dtype).removeprefix("torch."))
 
     return missing
+
+
+def _gpu(case: ModelCase, device: torch.device) -> str | None:
+    return None if device.type == "cuda" else "is for a GPU alone"
 
 
 def _first(*reasons: Missing) -> Missing:
@@ -233,9 +281,16 @@ PEERS = (
         missing=_first(_bfloat16_case, _TORCHSCALE),
         peer=True,
     ),
+    Provider("timm", _timm, missing=_first(_images_alone, _package("timm", "timm")), peer=True),
     Provider("openvino", _openvino, missing=_engine("openvino"), peer=True),
     Provider("onnxruntime", _onnxruntime, missing=_engine("onnxruntime", _float32_case), peer=True),
     Provider("zentorch", _zentorch, missing=_engine("zentorch"), peer=True),
+    Provider(
+        "tensorrt",
+        _tensorrt,
+        missing=_first(_gpu, _package("torch_tensorrt", "torch-tensorrt")),
+        peer=True,
+    ),
 )
 
 

@@ -21,6 +21,7 @@ from beit3_fast.models import EncoderConfig
 CPU = torch.device("cpu")
 CASE = ModelCase("toy", "base", 3, 32, 10, (4, 10, 7))
 BFLOAT16 = ModelCase("toy-bfloat16", "base", 3, 32, 10, (4, 10, 7), torch.bfloat16)
+IMAGES = ModelCase("toy-images", "base", 3, 32, None)
 CONFIG = EncoderConfig(
     encoder_embed_dim=64,
     encoder_attention_heads=4,
@@ -62,6 +63,16 @@ def test_the_public_code_is_right_in_both_dtypes():
     assert outcome(half, "public").ok
     assert outcome(half, "public, autocast").ok
     assert half.best_other in ("public", "public, autocast", "reference")
+
+
+def test_timm_has_the_image_tower():
+    pytest.importorskip("timm")
+    result = run(IMAGES, PEERS["timm"], model.INT8)
+    assert outcome(result, "timm").ok
+    assert outcome(result, "timm").error.maximum < 1e-5
+    assert 1e-3 < outcome(result, "beit3_fast, int8").error.rms < 5e-2
+    assert outcome(run(CASE, PEERS["timm"]), "timm").missing == "has the image tower alone"
+    assert PEERS["tensorrt"].missing(CASE, CPU) == "is for a GPU alone"
 
 
 def test_an_engine_gets_the_padded_form_and_its_answer_is_judged():
@@ -206,7 +217,7 @@ class TestSelection:
         assert self.names("captioning") == ["public loop", "beit3_fast", "beit3_fast, optimized"]
 
     def test_peers(self):
-        peers = ["beit3_fast, int8", "reference, compiled", "public", "public, autocast", *ENGINES]
+        peers = ["beit3_fast, int8", "reference, compiled", "public", "public, autocast", "timm", *ENGINES, "tensorrt"]
         assert self.names(peers=True) == [*self.names(), *peers]
         assert self.names("training", peers=True) == ["reference", "beit3_fast", "public"]
 
@@ -219,8 +230,8 @@ class TestSelection:
     def test_unknown(self):
         with pytest.raises(ValueError, match="provider 'openvinno' is unknown; did you mean openvino"):
             model_tasks.check_providers(["openvinno"])
-        with pytest.raises(ValueError, match="provider 'tensorrt' is unknown"):
-            command.model(device="cpu", providers=["tensorrt"])
+        with pytest.raises(ValueError, match="provider 'tensorflow' is unknown"):
+            command.model(device="cpu", providers=["tensorflow"])
         model_tasks.check_providers([*PEERS, "public loop", "reference, compiled"])
 
 
