@@ -38,7 +38,7 @@ def can_pack(weight: Tensor, dtype: torch.dtype | None = None) -> bool:
 
 def _fits(weight: Tensor, dtype: torch.dtype) -> bool:
     known = weight.ndim == 3 and weight.device.type == "cpu" and dtype in _IN_WORD
-    return known and weight.shape[1] % PANEL == 0 and weight.shape[2] % _IN_WORD[dtype] == 0
+    return known and weight.shape[1] % PANEL == 0 and weight.shape[2] % _IN_WORD[dtype] == 0 and weight.shape[2] > 0
 
 
 def is_packed(weight: Tensor) -> bool:

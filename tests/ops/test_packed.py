@@ -275,9 +275,10 @@ def test_bad_arguments(bad: dict[str, Any], name: str) -> None:
         torch.zeros(64, 18),
         torch.zeros(2, 64, 18).double(),
         torch.zeros(2, 64, 17).bfloat16(),
+        torch.zeros(2, 64, 0),
         torch.zeros(2, 64, 18, device="meta"),
     ],
-    ids=["width", "dimensions", "dtype", "odd pairs", "device"],
+    ids=["width", "dimensions", "dtype", "odd pairs", "no inputs", "device"],
 )
 def test_weights_that_cannot_be_packed(weight: Tensor) -> None:
     with refuses(ValueError, "weight"):
