@@ -3,7 +3,8 @@
 Two versions of one package cannot live in one process, so each has its own (:mod:`.base_server`), and rounds
 interleave: one call here, one call there, never both at once, each timed by the process that runs it. Both run the
 bench of this working tree on the same seeded inputs, so that nothing differs but the library. Both must pass parity;
-what is reported is the median of the per-round ratios base / new with its interval.
+what is reported is the median of the per-round ratios base / new with its interval, at the confidence at which the
+intervals of all cases hold at once with 95 %: for any verdict among them to be chance has at most 5 %.
 
 The other revision is checked out by ``git worktree`` in a temporary folder. Its CPU library is compiled there if csrc/
 differs; otherwise it shares this tree's. CPU only: a CUDA library would take minutes to compile.
@@ -31,14 +32,14 @@ from rich.table import Table
 import beit3_fast
 
 from .cases import ModelCase
-from .compare import styled, verdict
+from .compare import styled, too_few, verdict
 from .model import OUR_NAMES
 from .model_tasks import tasks
 from .op_cases import OpCase
 from .op_providers import OURS
 from .ops import WARMUP, ProviderError
 from .report import interval, milliseconds
-from .timing import Timing, interleave
+from .timing import Estimate, Timing, confidence_of_each, interleave, rounds_needed
 
 ROOT = Path(__file__).resolve().parent.parent
 SIDES = ("new", "base")
@@ -56,11 +57,20 @@ class Result:
     problems: dict[str, str]
     timing: Timing | None
 
-    def verdict(self, tolerance: float) -> tuple[str, bool]:
+    def faster(self, confidence: float) -> Estimate | None:
+        """How many times faster this tree is; None without times, or with too few rounds for such an interval."""
+        if self.timing is None or len(self.timing.rounds["new"]) < rounds_needed(confidence):
+            return None
+        return self.timing.speedup("new", over="base", confidence=confidence)
+
+    def verdict(self, tolerance: float, confidence: float) -> tuple[str, bool]:
         """In words, and whether this tree is the worse: slower beyond the tolerance, or wrong where the base is not."""
-        if self.timing is not None:
-            words = verdict(self.timing.speedup("new", over="base"), tolerance)
+        faster = self.faster(confidence)
+        if faster is not None:
+            words = verdict(faster, tolerance)
             return words, words == "slower"
+        if self.timing is not None:
+            return too_few(len(self.timing.rounds["new"]), rounds_needed(confidence)), False
         return "; ".join(f"{side}: {why}" for side, why in self.problems.items()), "new" in self.problems
 
 
@@ -258,13 +268,24 @@ def _ask_the_process(call: Callable[[], object]) -> float:
     return nanoseconds
 
 
+def confidence_in(results: Sequence[Result]) -> float:
+    """Of each interval, for all of them to hold at once with 95 %."""
+    return confidence_of_each(sum(result.timing is not None for result in results))
+
+
+def ok(results: Sequence[Result], tolerance: float) -> bool:
+    """This tree is nowhere slower, and right wherever the other is."""
+    return not any(result.verdict(tolerance, confidence_in(results))[1] for result in results)
+
+
 def table(results: Sequence[Result], revision: str, tolerance: float) -> Table:
     """All cases: times of both sides and how much faster this tree is."""
     shown = Table(
         title=f"this tree against {revision}; tolerance {tolerance:g} %",
         title_justify="left",
         title_style="bold",
-        caption="faster by: median of the per-round ratios base / new; above 1 this tree is the faster",
+        caption="faster by: median of the per-round ratios base / new; above 1 this tree is the faster\n"
+        "intervals so wide that the chance of any false verdict in this table is at most 5 %",
         caption_justify="left",
     )
     shown.add_column("case", overflow="fold")
@@ -273,11 +294,13 @@ def table(results: Sequence[Result], revision: str, tolerance: float) -> Table:
         shown.add_column(side, justify="right")
     shown.add_column("faster by", justify="right")
     shown.add_column("verdict")
+    confidence = confidence_in(results)
     for result in results:
-        words, regression = result.verdict(tolerance)
+        words, regression = result.verdict(tolerance, confidence)
         times = ["", "", ""]
         if result.timing is not None:
             times = [f"{milliseconds(result.timing.time(side).median)} ms" for side in SIDES]
-            times.append(interval(result.timing.speedup("new", over="base")))
+            faster = result.faster(confidence)
+            times.append("" if faster is None else interval(faster))
         shown.add_row(result.case.name, result.provider, *times, styled(words, regression))
     return shown

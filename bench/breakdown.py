@@ -23,7 +23,7 @@ The JSON is an object::
       ok         everybody who is no peer ran and passed
       providers  one object for each that passed parity:
         name
-        time_ms    median, low and high without the profiler
+        time_ms    median, low, high and rounds (every round's time, in order) without the profiler
         total_ms   the sum of the parts
         parts      name and ms (the median over the forwards) of each that occurs, the largest first
       left_out   one object for each of the others: name, reason
@@ -34,7 +34,7 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -288,11 +288,10 @@ def _result(breakdown: Breakdown) -> dict[str, Any]:
     providers = []
     for name, parts in breakdown.parts.items():
         assert result.timing is not None  # there is one as soon as somebody passed
-        estimate = asdict(result.timing.time(name))
         providers.append(
             {
                 "name": name,
-                "time_ms": {what: nanoseconds / 1e6 for what, nanoseconds in estimate.items()},
+                "time_ms": result.timing.document(name),
                 "total_ms": sum(parts.values()),
                 "parts": [{"name": part, "ms": ms} for part, ms in parts.items()],
             }

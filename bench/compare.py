@@ -5,10 +5,16 @@ is compared is how much faster ours is than the reference of the same run, ``ref
 leaves alone as long as it slows both by the same factor. The change is the new ratio over the old one; above 1 ours
 became faster.
 
-Its interval: each run's ratio has a 95 % order-statistic interval, from the ratios within its rounds. The change lies
-between (new low / old high) and (new high / old low) whenever both of these cover what they should. That holds with at
-least 90 %, whatever the distributions, and is cautious otherwise: where the errors of both runs are normal and of like
-size, the interval covers the change with more than 99 %.
+Its interval comes from the two runs' own, order-statistic intervals of the ratios within the rounds: the change lies
+between (new low / old high) and (new high / old low) whenever both of these cover what they should. With n cases there
+are 2 n intervals, and each is taken at the confidence at which all of them hold at once with 95 %: for any verdict
+among the n to be chance has at most 5 %, however rounds are distributed and cases depend on each other. That takes
+rounds (12 are enough for 51 cases); with fewer the verdict says that it cannot be told.
+
+Rounds show what happens within a run. What is the same throughout a run and another in the next one (a neighbour on
+the cores, a clock, where memory lies) they do not show, and it need not slow ours and the reference alike. The
+reference witnesses it: its code did not change, so where its own time changed by more than what is claimed of ours,
+nothing is claimed. ``--base`` has no such trouble: there old and new take turns.
 
 A verdict needs the whole interval beyond the tolerance; an interval that is wide, or that touches the tolerance, says
 "no difference", which means that none was shown.
@@ -17,6 +23,7 @@ A verdict needs the whole interval beyond the tolerance; an interval that is wid
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,8 +35,8 @@ from rich.text import Text
 
 from .model import OUR_NAMES
 from .report import interval
-from .speedups import over_reference
-from .timing import Estimate
+from .speedups import over_reference, round_ratios, time_of
+from .timing import Estimate, confidence_of_each, median_interval, rounds_needed
 
 SCHEMA = 1
 DEFAULT_TOLERANCE = 3.0
@@ -55,6 +62,8 @@ class Entry:
         passed: ran and passed parity.
         reason: why it did not.
         ratio: the reference's time over its own; None without both.
+        rounds: that of every round; None in a document of an older version.
+        reference: the reference's time in milliseconds.
     """
 
     kind: str
@@ -64,6 +73,8 @@ class Entry:
     passed: bool
     reason: str
     ratio: Estimate | None
+    rounds: Sequence[float] | None
+    reference: float | None
 
     @property
     def name(self) -> str:
@@ -104,6 +115,11 @@ def verdict(change: Estimate, tolerance: float) -> str:
     if change.low > bound:
         return "faster"
     return "slower" if change.high < 1 / bound else "no difference"
+
+
+def too_few(rounds: int, needed: int) -> str:
+    """The verdict where an interval would need more rounds than there are."""
+    return f"too few rounds to tell: {rounds}, and among so many cases {needed} are needed"
 
 
 def ratio_of(new: Estimate, old: Estimate) -> Estimate:
@@ -158,8 +174,10 @@ def _entries(
             continue
         passed = provider["failure"] is None and provider["parity"] == "passed"
         reason = "" if passed else provider["failure"] or provider["reason"] or "parity failed"
-        ratio = over_reference(provider, providers, reference)
-        yield Entry(kind, case, provider["name"], fields, passed, reason, ratio)
+        ratio, rounds = (of(provider, providers, reference) for of in (over_reference, round_ratios))
+        time = time_of(reference, providers)
+        median = None if time is None else time["median"]
+        yield Entry(kind, case, provider["name"], fields, passed, reason, ratio, rounds, median)
 
 
 def compare(old: Mapping[str, Any], new: Mapping[str, Any], tolerance: float = DEFAULT_TOLERANCE) -> Comparison:
@@ -181,6 +199,7 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], tolerance: float = D
         only_new=[name for name in after if name not in before],
         warnings=_warnings(old, new),
     )
+    pairs = []
     for name in before:
         if name not in after:
             continue
@@ -188,19 +207,39 @@ def compare(old: Mapping[str, Any], new: Mapping[str, Any], tolerance: float = D
         if differing:
             found.differing.append(f"{name}: {differing}")
         else:
-            found.changes.append(_change(before[name], after[name], tolerance))
+            pairs.append((before[name], after[name]))
+    timed = [pair for pair in pairs if all(entry.passed and entry.ratio for entry in pair)]
+    confidence = confidence_of_each(2 * len(timed))
+    found.changes.extend(_change(*pair, tolerance, confidence) for pair in pairs)
+    unsure = sum(any(entry.rounds is None for entry in pair) for pair in timed)
+    if unsure:
+        found.warnings.append(
+            f"{unsure} of {len(timed)} cases have no time of every round, as documents of older versions: their "
+            "intervals are of 95 % each, so among many cases a few verdicts are chance"
+        )
     return found
 
 
-def _change(old: Entry, new: Entry, tolerance: float) -> Change:
+def _change(old: Entry, new: Entry, tolerance: float, confidence: float) -> Change:
     if not new.passed:
         return Change(old, new, None, f"{'now fails' if old.passed else 'failed and fails'}: {new.reason}", old.passed)
     if not old.passed:
         return Change(old, new, None, f"passes now; failed: {old.reason}", False)
     if old.ratio is None or new.ratio is None:
         return Change(old, new, None, "no time of the reference to compare with", False)
-    ratio = ratio_of(new.ratio, old.ratio)
+    if old.rounds is None or new.rounds is None:
+        ratio = ratio_of(new.ratio, old.ratio)
+    else:
+        few, needed = min(len(old.rounds), len(new.rounds)), rounds_needed(confidence)
+        if few < needed:
+            return Change(old, new, None, too_few(few, needed), False)
+        ratio = ratio_of(median_interval(new.rounds, confidence), median_interval(old.rounds, confidence))
     words = verdict(ratio, tolerance)
+    assert old.reference is not None
+    assert new.reference is not None
+    moved = new.reference / old.reference
+    if words != "no difference" and abs(math.log(moved)) >= abs(math.log(ratio.median)):
+        return Change(old, new, ratio, f"cannot be told: the reference took {moved:.2f}x as long", False)
     return Change(old, new, ratio, words, words == "slower")
 
 
@@ -233,7 +272,8 @@ def table(comparison: Comparison, tolerance: float) -> Table:
         title=f"ours, new over old; tolerance {tolerance:g} %",
         title_justify="left",
         title_style="bold",
-        caption="speed-ups over the reference of each run, and their ratio; above 1 ours became faster",
+        caption="speed-ups over the reference of each run, and their ratio; above 1 ours became faster\n"
+        "intervals so wide that the chance of any false verdict in this table is at most 5 %",
         caption_justify="left",
     )
     for column in ("kind", "case", "provider"):

@@ -177,10 +177,8 @@ def _provider(outcome: OpOutcome, result: OpResult, roofs: Roofs) -> dict[str, A
         }
     time_ms = roof = speedup = None
     if outcome.ok and result.timing is not None:
-        time = result.timing.time(outcome.provider)
-        rounds = [nanoseconds / 1e6 for nanoseconds in result.timing.rounds[outcome.provider]]
-        time_ms = {name: nanoseconds / 1e6 for name, nanoseconds in asdict(time).items()} | {"rounds": rounds}
-        share, bound = _share(result.case, time, roofs)
+        time_ms = result.timing.document(outcome.provider)
+        share, bound = _share(result.case, result.timing.time(outcome.provider), roofs)
         roof = {"share": share, "bound": bound}
         ratio = _speedup(outcome.provider, result.timing)
         speedup = None if ratio is None else asdict(ratio)

@@ -203,9 +203,7 @@ def _provider(outcome: Outcome, result: CaseResult, roofs: Roofs) -> dict[str, A
     parity = None if outcome.verdict is None else ("passed" if outcome.verdict.ok else "failed")
     time_ms = speedup = ours_faster = None
     if outcome.ok and result.timing is not None:
-        rounds = [nanoseconds / 1e6 for nanoseconds in result.timing.rounds[outcome.provider]]
-        estimate = result.timing.time(outcome.provider)
-        time_ms = {name: nanoseconds / 1e6 for name, nanoseconds in asdict(estimate).items()} | {"rounds": rounds}
+        time_ms = result.timing.document(outcome.provider)
         speedup, ours_faster = _speedup(outcome.provider, result), _ours_faster(outcome.provider, result)
     memory = result.memory.get(outcome.provider)
     return {

@@ -32,7 +32,7 @@ The JSON is an object::
           failure   null, or what it raised
           parity    "passed", "failed", or null when it did not run
           reason    null, the bound that was broken, or why there is no time all the same
-          time_ms   null, or median, low, high
+          time_ms   null, or median, low, high, rounds (every round's time, in order)
           gflop_s   null, or flops over the median time
           roof      null, or the share of the machine's rate of matrix products in the provider's dtype, 1 = reached
 """
@@ -43,7 +43,7 @@ import copy
 import math
 import statistics
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -59,7 +59,7 @@ from .cases import CAPTION_LENGTHS, PADDED_TEXT, ModelCase, check_known
 from .model import BASELINE, OPTIMIZED, OUR_NAMES, Inputs, Outcome, Provider, Run
 from .report import milliseconds
 from .roofs import Roofs
-from .timing import Estimate, Timing
+from .timing import Timing
 
 SCHEMA = 1
 LONGEST = 3.0
@@ -224,7 +224,7 @@ class Point:
     Attributes:
         tokens: of all samples, without padding.
         outcomes: of all providers; empty where the point was skipped.
-        times: in nanoseconds, of those that passed parity and were timed.
+        timing: of those that passed parity and were timed.
         untimed: why somebody who passed was not timed, by provider.
         skipped: why the point was not run.
     """
@@ -233,7 +233,7 @@ class Point:
     flops: int
     tokens: int
     outcomes: list[Outcome] = field(default_factory=list)
-    times: Mapping[str, Estimate] = field(default_factory=dict)
+    timing: Timing = field(default_factory=lambda: Timing({}))
     untimed: Mapping[str, str] = field(default_factory=dict)
     skipped: str | None = None
 
@@ -275,17 +275,17 @@ def run_point(
         make_setup=setups,
         progress=progress,
     )
-    timing = result.timing or Timing({})
-    times = {name: timing.time(name) for name in timing.rounds if name not in untimed}
-    return replace(point, outcomes=result.outcomes, times=times, untimed=untimed, skipped=result.skipped)
+    times = {} if result.timing is None else result.timing.rounds
+    timing = Timing({name: rounds for name, rounds in times.items() if name not in untimed})
+    return replace(point, outcomes=result.outcomes, timing=timing, untimed=untimed, skipped=result.skipped)
 
 
 def expected_seconds(provider: str, flops: int, earlier: Sequence[Point]) -> float | None:
     """A forward's time at the rate of the provider's last timed point; None without one."""
-    timed = [point for point in earlier if provider in point.times]
+    timed = [point for point in earlier if provider in point.timing.rounds]
     if not timed:
         return None
-    return timed[-1].times[provider].median * 1e-9 * flops / timed[-1].flops
+    return timed[-1].timing.time(provider).median * 1e-9 * flops / timed[-1].flops
 
 
 def _once(provider: Provider) -> Provider:
@@ -315,11 +315,11 @@ def _tokens(case: ModelCase, config: EncoderConfig) -> int:
 
 def exponent(points: Iterable[Point], provider: str) -> float | None:
     """k of time ~ FLOPs^k, by least squares in logarithms; None with fewer than two times."""
-    timed = [point for point in points if provider in point.times]
+    timed = [point for point in points if provider in point.timing.rounds]
     if len(timed) < 2:
         return None
     operations = [math.log(point.flops) for point in timed]
-    times = [math.log(point.times[provider].median) for point in timed]
+    times = [math.log(point.timing.time(provider).median) for point in timed]
     return statistics.linear_regression(operations, times).slope
 
 
@@ -357,9 +357,9 @@ def _cells(outcome: Outcome, point: Point, roofs: Roofs) -> list[Any]:
     if not outcome.ok:
         return [name, Text(f"FAILED: {outcome.verdict.reason}", style="bold red"), "none"]
     passed = Text("passed", style="green")
-    if name not in point.times:
+    if name not in point.timing.rounds:
         return [name, passed, Text(f"not timed: {point.untimed.get(name, '')}", style="dim")]
-    time, (rate, share) = point.times[name], _rate(outcome, point, roofs)
+    time, (rate, share) = point.timing.time(name), _rate(outcome, point, roofs)
     spread = f"{milliseconds(time.median)} [{milliseconds(time.low)}, {milliseconds(time.high)}] ms"
     return [name, passed, spread, f"{rate / 1e9:,.3g}", "" if share is None else f"{100 * share:.0f}%"]
 
@@ -405,16 +405,16 @@ def document(
 
 
 def _provider(outcome: Outcome, point: Point, roofs: Roofs) -> dict[str, Any]:
-    verdict, time = outcome.verdict, point.times.get(outcome.provider)
+    verdict, timed = outcome.verdict, outcome.provider in point.timing.rounds
     reason = verdict.reason if verdict is not None and verdict.reason else point.untimed.get(outcome.provider)
-    rate, share = (None, None) if time is None else _rate(outcome, point, roofs)
+    rate, share = _rate(outcome, point, roofs) if timed else (None, None)
     return {
         "name": outcome.provider,
         "missing": outcome.missing,
         "failure": outcome.failure,
         "parity": None if verdict is None else ("passed" if verdict.ok else "failed"),
         "reason": reason,
-        "time_ms": None if time is None else {what: value / 1e6 for what, value in asdict(time).items()},
+        "time_ms": point.timing.document(outcome.provider) if timed else None,
         "gflop_s": None if rate is None else rate / 1e9,
         "roof": share,
     }
@@ -422,7 +422,7 @@ def _provider(outcome: Outcome, point: Point, roofs: Roofs) -> dict[str, Any]:
 
 def _rate(outcome: Outcome, point: Point, roofs: Roofs) -> tuple[float, float | None]:
     """FLOP a second of a provider that was timed, and their share of the roof in its dtype."""
-    rate = point.flops / (point.times[outcome.provider].median * 1e-9)
+    rate = point.flops / (point.timing.time(outcome.provider).median * 1e-9)
     roof = None if outcome.dtype is None else roofs.matrix.get(outcome.dtype)
     return rate, None if roof is None else rate / roof
 

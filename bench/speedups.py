@@ -16,11 +16,25 @@ def over_reference(provider: Mapping[str, Any], beside: Sequence[Mapping[str, An
     interval: a machine that slows down in the middle of a run changes both times of a round. Where it has not, the
     quotient of the medians, from the least that the two intervals allow to the most.
     """
-    other = next((entry for entry in beside if entry["name"] == reference), None)
-    time = provider["time_ms"]
-    if other is None or time is None or other["time_ms"] is None:
+    time, theirs = provider["time_ms"], time_of(reference, beside)
+    if time is None or theirs is None:
         return None
-    theirs = other["time_ms"]
-    if "rounds" in time and "rounds" in theirs:
-        return median_interval([slow / fast for slow, fast in zip(theirs["rounds"], time["rounds"], strict=True)])
+    ratios = round_ratios(provider, beside, reference)
+    if ratios is not None:
+        return median_interval(ratios)
     return Estimate(theirs["median"] / time["median"], theirs["low"] / time["high"], theirs["high"] / time["low"])
+
+
+def round_ratios(
+    provider: Mapping[str, Any], beside: Sequence[Mapping[str, Any]], reference: str
+) -> list[float] | None:
+    """The same time over time in every round; None where a document has no rounds, as those of older versions."""
+    time, theirs = provider["time_ms"], time_of(reference, beside)
+    if time is None or theirs is None or "rounds" not in time or "rounds" not in theirs:
+        return None
+    return [slow / fast for slow, fast in zip(theirs["rounds"], time["rounds"], strict=True)]
+
+
+def time_of(name: str, among: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """The ``time_ms`` of the provider of this name; None where it did not run or has none."""
+    return next((entry["time_ms"] for entry in among if entry["name"] == name), None)

@@ -12,7 +12,8 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from typing import Any
 
 import torch
 
@@ -26,7 +27,7 @@ MIN_ROUNDS = 6
 
 @dataclass(frozen=True)
 class Estimate:
-    """A median and the ends of its 95 % confidence interval."""
+    """A median and the ends of its confidence interval, of 95 % where nothing else is said."""
 
     median: float
     low: float
@@ -43,10 +44,15 @@ class Timing:
         """The provider's time in nanoseconds."""
         return median_interval(self.rounds[provider])
 
-    def speedup(self, provider: str, over: str) -> Estimate:
+    def speedup(self, provider: str, over: str, confidence: float = CONFIDENCE) -> Estimate:
         """How many times faster ``provider`` is than ``over``: the median of the per-round ratios."""
         pairs = zip(self.rounds[over], self.rounds[provider], strict=True)
-        return median_interval([slow / fast for slow, fast in pairs])
+        return median_interval([slow / fast for slow, fast in pairs], confidence)
+
+    def document(self, provider: str) -> dict[str, Any]:
+        """For a report's JSON: median, low, high and every round's time in order, in milliseconds."""
+        estimate = {name: nanoseconds / 1e6 for name, nanoseconds in asdict(self.time(provider)).items()}
+        return estimate | {"rounds": [nanoseconds / 1e6 for nanoseconds in self.rounds[provider]]}
 
 
 def wall_clock(clock: Callable[[], int] = time.perf_counter_ns) -> Stopwatch:
@@ -118,6 +124,18 @@ def interleave(
     return Timing(times)
 
 
+def rounds_needed(confidence: float) -> int:
+    """The fewest rounds that give an interval of ``confidence``: from the smallest to the largest of n values it covers
+    the median with 1 - 2^(1-n)."""
+    return math.ceil(1 - math.log2(1 - confidence))
+
+
+def confidence_of_each(intervals: int) -> float:
+    """What each of so many intervals needs for all of them to cover what they should with 95 % at once, however they
+    depend on each other (Bonferroni)."""
+    return 1 - (1 - CONFIDENCE) / max(intervals, 1)
+
+
 def check_rounds(rounds: int) -> None:
     """Raises :class:`ValueError` if so few rounds cannot give a 95 % interval."""
     if rounds < MIN_ROUNDS:
@@ -131,21 +149,22 @@ def _order(names: list[str], round_index: int) -> list[str]:
     return order[::-1] if round_index % 2 else order
 
 
-def median_interval(values: Sequence[float]) -> Estimate:
-    """The median of ``values`` and the narrowest symmetric pair of order statistics that covers it with 95 %.
+def median_interval(values: Sequence[float], confidence: float = CONFIDENCE) -> Estimate:
+    """The median of ``values`` and the narrowest symmetric pair of order statistics that covers it with ``confidence``.
 
     The true median lies below the k-th smallest of n independent values with probability P(Binomial(n, 1/2) < k), so
-    counting in from both ends while twice that probability stays under 5 % gives the interval (Conover, Practical
-    Nonparametric Statistics, 3.2).
+    counting in from both ends while twice that probability stays under what may miss gives the interval (Conover,
+    Practical Nonparametric Statistics, 3.2).
 
     Raises:
-        ValueError: fewer than ``MIN_ROUNDS`` values.
+        ValueError: fewer values than :func:`rounds_needed`.
     """
-    check_rounds(len(values))
-    n = len(values)
+    n, needed = len(values), rounds_needed(confidence)
+    if n < needed:
+        raise ValueError(f"an interval of {100 * confidence:.4g} % needs at least {needed} rounds, got {n}")
     ordered = sorted(values)
     rank, tail = 0, 2.0**-n
-    while 2 * (tail + math.comb(n, rank + 1) * 2.0**-n) <= 1 - CONFIDENCE:
+    while 2 * (tail + math.comb(n, rank + 1) * 2.0**-n) <= 1 - confidence:
         rank += 1
         tail += math.comb(n, rank) * 2.0**-n
     return Estimate(statistics.median(ordered), ordered[rank], ordered[n - 1 - rank])

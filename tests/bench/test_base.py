@@ -14,7 +14,8 @@ import torch
 from beit3_fast.bench import base, base_server, command, model, model_tasks, op_cases
 from beit3_fast.bench import ops as op_bench
 from beit3_fast.bench.cases import ModelCase
-from beit3_fast.bench.timing import wall_clock
+from beit3_fast.bench.timing import Timing, wall_clock
+from rich.console import Console
 
 import beit3_fast
 from beit3_fast.models import EncoderConfig
@@ -42,7 +43,7 @@ class Fake:
 
 def compared(new, base_side, case=NORM):
     (result,) = base.run_case(case, {"new": new, "base": base_side}, rounds=6)
-    return result, *result.verdict(3.0)
+    return result, *result.verdict(3.0, 0.95)
 
 
 @pytest.mark.parametrize(
@@ -70,6 +71,23 @@ def test_one_that_fails_gets_no_time(new, other, words, regression):
     result, *verdict = compared(new, other)
     assert verdict == [words, regression]
     assert result.timing is None
+
+
+def test_among_many_cases_a_verdict_needs_more_rounds_and_a_wider_interval():
+    timing = Timing({"base": [1.02, 1.2, 1.2, 1.2, 1.2, 1.2, 1.2, 1.2, 1.2], "new": [1.0] * 9})
+    few = Timing({side: times[:6] for side, times in timing.rounds.items()})
+    alone, among = ([base.Result(NORM, "beit3_fast", {}, timing)] * count for count in (1, 8))
+    assert alone[0].verdict(3.0, base.confidence_in(alone)) == ("faster", False)
+    assert among[0].verdict(3.0, base.confidence_in(among)) == ("no difference", False)
+    slow = [base.Result(NORM, "beit3_fast", {}, Timing({"new": [2.0] * 6, "base": [1.0] * 6}))]
+    failed = [base.Result(NORM, "beit3_fast", {"base": "the cap"}, None)] * 9
+    assert not base.ok([*slow, *failed], 3.0), "who has no times takes no share of the confidence"
+    assert base.ok(slow * 2, 3.0)
+    words, _ = slow[0].verdict(3.0, base.confidence_in(slow * 2))
+    assert words == "too few rounds to tell: 6, and among so many cases 7 are needed"
+    shown = io.StringIO()
+    Console(width=200, file=shown).print(base.table([base.Result(NORM, "beit3_fast", {}, few)] * 2, "HEAD", 3.0))
+    assert "too few rounds" in shown.getvalue()
 
 
 def test_every_provider_of_ours_that_the_task_has_takes_part():

@@ -630,7 +630,7 @@ def test_command_prints_and_keeps_everything(toy_command, tmp_path, capsys):
 
     kept = json.loads(target.read_text())
     assert (kept["schema"], kept["kind"], kept["complete"]) == (1, "ops", True)
-    assert kept["settings"] == {"device": "cpu", "rounds": 6}
+    assert kept["settings"] == {"device": "cpu", "rounds": 24}
     assert kept["machine"]["torch"] == torch.__version__
     assert kept["roofs"] == {
         "bandwidth_gb_s": 10,

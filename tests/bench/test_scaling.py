@@ -14,7 +14,7 @@ import pytest
 import torch
 from beit3_fast.bench.cases import ModelCase
 from beit3_fast.bench.roofs import Roofs
-from beit3_fast.bench.timing import Estimate
+from beit3_fast.bench.timing import Timing
 from rich.console import Console
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -69,8 +69,8 @@ def point_at(curve, x, taking_part=None, earlier=(), setups=None, dtype=torch.fl
 
 
 def timed(x, flops, **nanoseconds):
-    times = {name: Estimate(value, value, value) for name, value in nanoseconds.items()}
-    return scaling.Point(x, flops, x, [model.Outcome(name) for name in nanoseconds], times)
+    times = {name: [value] * 6 for name, value in nanoseconds.items()}
+    return scaling.Point(x, flops, x, [model.Outcome(name) for name in nanoseconds], Timing(times))
 
 
 def spoilt(change):
@@ -113,7 +113,7 @@ def test_flops_and_times_belong_to_the_same_model(curve, monkeypatch):
     setups, points = scaling.Setups(), []
     for x in curve.values:
         points.append(point_at(curve, x, earlier=points, setups=setups))
-    assert [point.times["reference"].median for point in points] == [point.flops + 1 for point in points]
+    assert [point.timing.time("reference").median for point in points] == [point.flops + 1 for point in points]
     assert scaling.exponent(points, "reference") == pytest.approx(1, abs=1e-4)
 
 
@@ -134,7 +134,7 @@ def test_every_point_of_every_curve_passes(dtype):
             point = point_at(curve, x, setups=setups, dtype=dtype)
             assert point.ok
             assert [outcome.provider for outcome in point.outcomes] == ["reference", "beit3_fast, optimized"]
-            assert set(point.times) == {"reference", "beit3_fast, optimized"}
+            assert set(point.timing.rounds) == {"reference", "beit3_fast, optimized"}
 
 
 def test_three_samples_are_judged_as_bench_model_does():
@@ -156,7 +156,7 @@ def test_a_wrong_sample_gets_no_time(sample):
 
     point = point_at(BATCH, 5, [model.REFERENCE, spoilt(change)])
     assert not point.ok
-    assert set(point.times) == {"reference"}
+    assert set(point.timing.rounds) == {"reference"}
     assert "maximum error" in point.outcomes[1].verdict.reason
 
 
@@ -201,14 +201,14 @@ def test_a_slow_reference_is_checked_and_not_timed():
     earlier = [timed(1, 10**6, reference=1.0), timed(2, 10**7, **{"reference": second, scaling.OURS.name: 9 * second})]
     point = point_at(BATCH, 5, [reference, scaling.OURS], earlier)
     assert point.flops > 10**7
-    assert set(point.times) == {scaling.OURS.name}
+    assert set(point.timing.rounds) == {scaling.OURS.name}
     assert len(calls) == 1
     assert point.ok
     assert point.outcomes[0].verdict.ok
     assert point.untimed == {"reference": f"a forward would take about {3 * point.flops / 1e7:.0f} s"}
     # as fast as before, it is timed
-    quick = [replace(earlier[1], times={"reference": Estimate(1e3, 1e3, 1e3)})]
-    assert "reference" in point_at(BATCH, 5, [reference, scaling.OURS], quick).times
+    quick = [replace(earlier[1], timing=Timing({"reference": [1e3] * 6}))]
+    assert "reference" in point_at(BATCH, 5, [reference, scaling.OURS], quick).timing.rounds
 
 
 def test_a_point_that_does_not_fit_is_skipped_with_the_figure(monkeypatch):

@@ -8,9 +8,11 @@ import torch
 from beit3_fast.bench.timing import (
     MIN_ROUNDS,
     Timing,
+    confidence_of_each,
     cuda_events,
     interleave,
     median_interval,
+    rounds_needed,
     stopwatch_for,
     wall_clock,
 )
@@ -115,6 +117,28 @@ def test_interval_ranks_are_those_of_the_printed_tables(n, rank):
     estimate = median_interval(values)
     assert (estimate.low, estimate.high) == (rank, n + 1 - rank)
     assert estimate.median == statistics.median(values)
+
+
+@pytest.mark.parametrize(("n", "confidence", "rank"), [(8, 0.99, 1), (10, 0.99, 1), (20, 0.99, 4), (20, 0.999, 3)])
+def test_a_higher_confidence_takes_wider_intervals(n, confidence, rank):
+    estimate = median_interval(range(1, n + 1), confidence)
+    assert (estimate.low, estimate.high) == (rank, n + 1 - rank)
+
+
+def test_rounds_that_a_confidence_needs():
+    """The widest interval, from the smallest value to the largest, misses when all lie on one side of the median."""
+    assert rounds_needed(0.95) == MIN_ROUNDS
+    for intervals in (1, 2, 10, 40, 100):
+        needed, miss = rounds_needed(confidence_of_each(intervals)), 0.05 / intervals
+        assert 2 * 0.5**needed <= miss < 2 * 0.5 ** (needed - 1)
+    assert confidence_of_each(0) == confidence_of_each(1) == pytest.approx(0.95)
+
+
+def test_a_document_has_milliseconds_and_every_round():
+    times = [7e6, 2e6, 3e6, 4e6, 5e6, 6e6]
+    assert Timing({"a": times}).document("a") == {
+        "median": 4.5, "low": 2, "high": 7, "rounds": [7, 2, 3, 4, 5, 6]
+    }  # fmt: skip
 
 
 def test_progress_is_reported_per_round():
