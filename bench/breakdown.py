@@ -43,11 +43,10 @@ from rich.text import Text
 from torch.autograd import DeviceType
 from torch.autograd.profiler import profile, record_function
 
-from . import cases, model, model_tasks, report
+from . import cases, model, model_tasks
 from .cases import ModelCase
 from .model import BASELINE, OPTIMIZED, CaseResult, Outcome, Provider, Run
-from .report import describe, milliseconds
-from .roofs import Roofs
+from .report import case_document, describe, milliseconds
 from .timing import MIN_ROUNDS
 
 DEFAULT_CASES = ("base-joint-dense", "base-joint", "base-joint-dense-bfloat16")
@@ -283,8 +282,6 @@ def document(
 
 def _result(breakdown: Breakdown) -> dict[str, Any]:
     result = breakdown.result
-    # bench model's own words for a case
-    case = report.document([result], Roofs(0.0, {}), {}, {})["results"][0]["case"]
     providers = []
     for name, parts in breakdown.parts.items():
         assert result.timing is not None  # there is one as soon as somebody passed
@@ -297,7 +294,7 @@ def _result(breakdown: Breakdown) -> dict[str, Any]:
             }
         )
     return {
-        "case": case,
+        "case": case_document(result.case),
         "ok": result.ok,
         "providers": providers,
         "left_out": [{"name": name, "reason": reason} for name, reason in _left_out(result).items()],

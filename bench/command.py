@@ -114,7 +114,11 @@ def _model(
             # float32 cases have providers that compute in bfloat16
             roofs = measure_roofs(place, [torch.float32, torch.bfloat16])
             shown.print(roofs_line(roofs), soft_wrap=True)
-            with _kept(outputs, shown, lambda: document(results, roofs, about, settings), results, len(chosen)) as keep:
+
+            def so_far() -> Document:
+                return document(results, roofs, about, settings, complete=len(results) == len(chosen))
+
+            with _kept(outputs, shown, so_far, results, len(chosen)) as keep:
                 for case in chosen:
                     result = model_tasks.run(
                         case,

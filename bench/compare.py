@@ -174,7 +174,8 @@ def _entries(
             continue
         passed = provider["failure"] is None and provider["parity"] == "passed"
         reason = "" if passed else provider["failure"] or provider["reason"] or "parity failed"
-        ratio, rounds = (of(provider, providers, reference) for of in (over_reference, round_ratios))
+        ratio = over_reference(provider, providers, reference)
+        rounds = round_ratios(provider, providers, reference)
         time = time_of(reference, providers)
         median = None if time is None else time["median"]
         yield Entry(kind, case, provider["name"], fields, passed, reason, ratio, rounds, median)

@@ -4,6 +4,7 @@ The JSON is an object::
 
     schema     1; raised when a field changes its meaning or goes away
     kind       "model"
+    complete   false when the run was interrupted: later cases are missing
     machine    cpu, cores, threads, isa, gpu, system, python, torch, beit3_fast, git_revision (null outside a checkout)
     settings   device, rounds
     roofs      as in bench ops, measured on this machine
@@ -164,12 +165,18 @@ def milliseconds(nanoseconds: float) -> str:
 
 
 def document(
-    results: Sequence[CaseResult], roofs: Roofs, machine: Mapping[str, Any], settings: Mapping[str, Any]
+    results: Sequence[CaseResult],
+    roofs: Roofs,
+    machine: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    *,
+    complete: bool,
 ) -> dict[str, Any]:
     """The JSON of a run; the module's docstring describes it."""
     return {
         "schema": SCHEMA,
         "kind": "model",
+        "complete": complete,
         "machine": dict(machine),
         "settings": dict(settings),
         "roofs": roofs.document(),
@@ -177,15 +184,19 @@ def document(
     }
 
 
-def _result(result: CaseResult, roofs: Roofs) -> dict[str, Any]:
-    case = {
-        **asdict(result.case),
-        "text_lengths": result.case.lengths() if result.case.text_tokens is not None else None,
-        "dtype": _dtype(result.case.dtype),
-        "truth": _dtype(result.case.truth),
-    }
+def case_document(case: ModelCase) -> dict[str, Any]:
+    """A case in the JSON."""
     return {
-        "case": case,
+        **asdict(case),
+        "text_lengths": case.lengths() if case.text_tokens is not None else None,
+        "dtype": _dtype(case.dtype),
+        "truth": _dtype(case.truth),
+    }
+
+
+def _result(result: CaseResult, roofs: Roofs) -> dict[str, Any]:
+    return {
+        "case": case_document(result.case),
         "ok": result.ok,
         "skipped": result.skipped,
         "flops": result.flops,

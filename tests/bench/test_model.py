@@ -233,6 +233,7 @@ def test_command_prints_and_keeps_everything(tmp_path, capsys):
     assert "x [" in printed
     kept = json.loads(target.read_text())
     assert (kept["schema"], kept["kind"]) == (1, "model")
+    assert kept["complete"] is True
     assert kept["settings"] == {"device": "cpu", "rounds": 6}
     assert kept["machine"]["torch"] == torch.__version__
     assert kept["roofs"]["matrix_gflop_s"] == {"float32": 2000, "bfloat16": 4000}
@@ -309,7 +310,9 @@ def test_an_interrupted_run_keeps_what_it_had(tmp_path, monkeypatch):
     monkeypatch.setattr(model, "run_case", interrupted)
     with pytest.raises(KeyboardInterrupt):
         command.model(rounds=6, device="cpu", json_file=tmp_path / "out.json")
-    assert [r["case"]["name"] for r in json.loads((tmp_path / "out.json").read_text())["results"]] == ["toy-joint"]
+    kept = json.loads((tmp_path / "out.json").read_text())
+    assert kept["complete"] is False
+    assert [result["case"]["name"] for result in kept["results"]] == ["toy-joint"]
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,7 @@ def model_document():
         CaseResult(step, outcomes[:2], timing, memory=peaks),
         CaseResult(MODEL_CASES[14], [], None, skipped="needs 80 GB & more"),
     ]
-    return report.document(results, ROOFS, MACHINE, SETTINGS)
+    return report.document(results, ROOFS, MACHINE, SETTINGS, complete=True)
 
 
 def ops_document(cases=QUICK_OP_CASES):
