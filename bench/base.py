@@ -37,7 +37,8 @@ from .model import OUR_NAMES
 from .model_tasks import tasks
 from .op_cases import OpCase
 from .op_providers import OURS
-from .ops import WARMUP, ProviderError
+from .ops import WARMUP
+from .outcome import ProviderError, blaming
 from .report import interval, milliseconds
 from .timing import Estimate, Timing, confidence_of_each, interleave, rounds_needed
 
@@ -253,10 +254,8 @@ def _ours(case: ModelCase | OpCase) -> list[str]:
 def _call(side: str, server: Server) -> Callable[[], float]:
     def call() -> float:
         time.sleep(SETTLE)
-        try:
+        with blaming(side):
             return server.ask("time")
-        except RuntimeError as error:
-            raise ProviderError(side, error) from error
 
     return call
 

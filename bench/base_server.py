@@ -21,10 +21,11 @@ import torch
 
 import beit3_fast
 
-from . import model, model_tasks, ops, parity
+from . import model_tasks, ops
 from .cases import ModelCase
 from .op_cases import OpCase
 from .op_providers import OURS, REFERENCE
+from .outcome import Outcome, judge
 from .timing import MIN_ROUNDS, wall_clock
 
 CPU = torch.device("cpu")
@@ -50,7 +51,7 @@ def _op(case: OpCase) -> Time | str:
         return result.skipped
     outcome = next(outcome for outcome in result.outcomes if outcome.provider == OURS.name)
     if not outcome.ok:
-        return outcome.failure or (outcome.verdict.reason if outcome.verdict else None) or "did not run"
+        return outcome.words
     measure, call = ops.cold(CPU), calls[OURS.name]
     return lambda: measure(call)
 
@@ -60,16 +61,16 @@ def _model(case: ModelCase, provider: str) -> Time | str:
     setup = task.make_setup(case, CPU)
     truth = setup.truth()
     known = {entry.name: entry for entry in task.own}
-    ours = known[provider]
-    judge = known[ours.judged_by]
-    baseline: dict[str, parity.Error] = {}
-    if judge is not ours:
-        baseline = _errors(judge, setup, truth)[1]
-    run, errors = _errors(ours, setup, truth)
-    for name, error in errors.items():
-        verdict = parity.judge(error, ours.computes_in(case), baseline.get(name))
-        if not verdict.ok:
-            return f"{name}: {verdict.reason}"
+    outcomes: dict[str, Outcome] = {}
+    for name in dict.fromkeys((known[provider].judged_by, provider)):
+        with torch.no_grad():
+            run = known[name].build(setup)
+        with setup.running():
+            errors = setup.errors(run(), truth)
+        verdict = judge(errors, known[name].computes_in(case), known[name].judge, outcomes)
+        outcomes[name] = Outcome(name, errors=errors, verdict=verdict)
+    if not outcomes[provider].ok:
+        return outcomes[provider].words
     clock = wall_clock()
 
     def measure() -> float:
@@ -77,13 +78,6 @@ def _model(case: ModelCase, provider: str) -> Time | str:
             return clock(run)
 
     return measure
-
-
-def _errors(provider: model.Provider, setup: Any, truth: Any) -> tuple[model.Run, dict[str, parity.Error]]:
-    with torch.no_grad():
-        run = provider.build(setup)
-    with setup.running():
-        return run, setup.errors(run(), truth)
 
 
 def serve(requests: Any, answers: Any) -> None:

@@ -45,7 +45,7 @@ from torch.autograd.profiler import profile, record_function
 
 from . import cases, model, model_tasks
 from .cases import ModelCase
-from .model import BASELINE, OPTIMIZED, CaseResult, Outcome, Provider, Run
+from .model import BASELINE, OPTIMIZED, CaseResult, Provider, Run
 from .report import case_document, describe, milliseconds
 from .timing import MIN_ROUNDS
 
@@ -253,17 +253,7 @@ def _left_out(result: CaseResult) -> dict[str, str]:
     """Who has no parts, and why."""
     if result.skipped is not None:
         return dict.fromkeys(PROVIDERS, f"not run: {result.skipped}")
-    reasons = {outcome.provider: _reason(outcome) for outcome in result.outcomes}
-    return {name: reason for name, reason in reasons.items() if reason is not None}
-
-
-def _reason(outcome: Outcome) -> str | None:
-    """Why a provider has no parts; None for one that has."""
-    if outcome.missing is not None:
-        return f"not run: {outcome.missing}"
-    if outcome.failure is not None or outcome.verdict is None:
-        return f"did not run: {outcome.failure}"
-    return None if outcome.ok else f"FAILED: {outcome.verdict.reason}"
+    return {outcome.provider: outcome.words for outcome in result.outcomes if not outcome.ok}
 
 
 def document(

@@ -83,6 +83,11 @@ QUICK_CASES = ("base-joint", "base-joint-dense", "base-image", "base-text")
 QUICK_BATCH = 2
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """ "float32"."""
+    return str(dtype).removeprefix("torch.")
+
+
 def flops(case: ModelCase, config: EncoderConfig) -> int | None:
     """Floating-point operations of the case's matrix products on tokens that are no padding; None for captioning.
 

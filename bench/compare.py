@@ -13,8 +13,8 @@ rounds (12 are enough for 51 cases); with fewer the verdict says that it cannot 
 
 Rounds show what happens within a run. What is the same throughout a run and another in the next one (a neighbour on
 the cores, a clock, where memory lies) they do not show, and it need not slow ours and the reference alike. The
-reference witnesses it: its code did not change, so where its own time changed by more than what is claimed of ours,
-nothing is claimed. ``--base`` has no such trouble: there old and new take turns.
+reference witnesses it: its code did not change, so where its own time changed by more than the least that the interval
+claims of ours, nothing is claimed. ``--base`` has no such trouble: there old and new take turns.
 
 A verdict needs the whole interval beyond the tolerance; an interval that is wide, or that touches the tolerance, says
 "no difference", which means that none was shown.
@@ -239,7 +239,8 @@ def _change(old: Entry, new: Entry, tolerance: float, confidence: float) -> Chan
     assert old.reference is not None
     assert new.reference is not None
     moved = new.reference / old.reference
-    if words != "no difference" and abs(math.log(moved)) >= abs(math.log(ratio.median)):
+    claimed = min(abs(math.log(ratio.low)), abs(math.log(ratio.high)))
+    if words != "no difference" and abs(math.log(moved)) >= claimed:
         return Change(old, new, ratio, f"cannot be told: the reference took {moved:.2f}x as long", False)
     return Change(old, new, ratio, words, words == "slower")
 

@@ -39,6 +39,7 @@ from beit3_fast.models import EncoderConfig
 from beit3_fast.models.encoder import EncoderLayer
 
 from . import reference
+from .cases import dtype_name
 
 SCHEMA = 1
 PARTS = ("attention", "layer")
@@ -261,7 +262,7 @@ def document(results: Sequence[MemoryResult]) -> dict[str, Any]:
         "kind": "memory",
         "results": [
             {
-                "case": {**asdict(result.case), "dtype": str(result.case.dtype).removeprefix("torch.")},
+                "case": {**asdict(result.case), "dtype": dtype_name(result.case.dtype)},
                 "part": result.part,
                 "ours": asdict(result.ours),
                 "public": asdict(result.public),

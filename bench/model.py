@@ -8,7 +8,6 @@ captioning, bring a setup of their own and run through the same :func:`run_case`
 from __future__ import annotations
 
 import contextlib
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -20,10 +19,10 @@ from beit3_fast import optimize
 from beit3_fast.models import BEiT3, EncoderConfig
 
 from . import parity, reference
-from .cases import ModelCase, flops
-from .ops import ProviderError
+from .cases import ModelCase, dtype_name, flops
+from .outcome import Outcome, ProviderError, blaming, judge, time_those_that_passed
 from .roofs import free_memory
-from .timing import Timing, interleave, stopwatch_for
+from .timing import Timing, stopwatch_for
 
 BASELINE = "reference"
 WARMUP = 1
@@ -129,6 +128,11 @@ class Provider:
     missing: Callable[[ModelCase, torch.device], str | None] = _everywhere
     peer: bool = False
 
+    @property
+    def judge(self) -> str | None:
+        """Whose error its own is held against; None where the cap alone decides."""
+        return None if self.judged_by == self.name else self.judged_by
+
 
 def _ours(setup: Setup) -> Run:
     model = setup.build(BEiT3)
@@ -200,41 +204,6 @@ def providers(*, compiled: bool = False) -> list[Provider]:
 
 
 @dataclass(frozen=True)
-class Outcome:
-    """One provider's result.
-
-    Attributes:
-        provider: its name.
-        peer: it may fail without failing the run.
-        dtype: of its matrix products.
-        missing: why it cannot take part.
-        failure: what it raised.
-        errors: how far each part of its output is from the truth.
-        verdict: whether that was near enough to be timed.
-    """
-
-    provider: str
-    peer: bool = False
-    dtype: torch.dtype | None = None
-    missing: str | None = None
-    failure: str | None = None
-    errors: Mapping[str, parity.Error] | None = None
-    verdict: parity.Verdict | None = None
-
-    @property
-    def ok(self) -> bool:
-        return self.failure is None and self.verdict is not None and self.verdict.ok
-
-    @property
-    def error(self) -> parity.Error | None:
-        """The largest of each kind over all parts of the output."""
-        if not self.errors:
-            return None
-        kinds = zip(*((error.maximum, error.rms, error.absolute) for error in self.errors.values()), strict=True)
-        return parity.Error(*(math.nan if any(map(math.isnan, values)) else max(values) for values in kinds))
-
-
-@dataclass(frozen=True)
 class CaseResult:
     """All providers' outcomes, and the times of those that passed.
 
@@ -256,7 +225,7 @@ class CaseResult:
     @property
     def ok(self) -> bool:
         """Everybody who is no peer ran and was right, as far as they could take part."""
-        return all(outcome.ok for outcome in self.outcomes if not outcome.peer and outcome.missing is None)
+        return all(outcome.harmless for outcome in self.outcomes)
 
     @property
     def ours(self) -> str | None:
@@ -308,13 +277,14 @@ def run_case(
 
     say("weights and inputs")
     setup = make_setup(case, device)
-    say(f"the truth in {_name(case.truth)}")
+    say(f"the truth in {dtype_name(case.truth)}")
     truth = setup.truth()
 
     outcomes: dict[str, Outcome] = {}
     runs: dict[str, Run] = {}
     for provider in taking_part:
-        about = Outcome(provider.name, provider.peer, provider.computes_in(case))
+        dtype = provider.computes_in(case)
+        about = Outcome(provider.name, provider.peer, dtype)
         say(f"{provider.name}: can it take part?")
         missing = provider.missing(case, device)
         if missing is not None:
@@ -329,27 +299,17 @@ def run_case(
         except Exception as error:  # one provider that cannot run must not take the others with it
             outcomes[provider.name] = replace(about, failure=str(ProviderError(provider.name, error)))
             continue
-        verdict = _judge(provider, errors, outcomes, case)
+        verdict = judge(errors, dtype, provider.judge, outcomes)
         outcomes[provider.name] = replace(about, errors=errors, verdict=verdict)
         if verdict.ok:
-            runs[provider.name] = _named(provider.name, run)
+            runs[provider.name] = blaming(provider.name)(run)
         del run  # a wrong one's weights must not stay
     del truth
 
-    timing = None
-    while runs and timing is None:
-        try:
-            with setup.running():
-                timing = interleave(
-                    runs,
-                    rounds=rounds,
-                    warmup=WARMUP,
-                    stopwatch=stopwatch_for(device),
-                    after_round=lambda done: say(f"round {done} of {rounds}"),
-                )
-        except ProviderError as error:  # the others start again without it
-            outcomes[error.provider] = replace(outcomes[error.provider], failure=str(error))
-            del runs[error.provider]
+    with setup.running():
+        timing = time_those_that_passed(
+            runs, outcomes, rounds=rounds, warmup=WARMUP, stopwatch=stopwatch_for(device), say=say
+        )
     return CaseResult(case, list(outcomes.values()), timing, setup.baseline, flops(case, setup.config))
 
 
@@ -371,34 +331,6 @@ def needed_memory(case: ModelCase, config: EncoderConfig, providers: int) -> int
     truth = case.truth.itemsize * (weights * (2 if training else 1) + kept)
     measured = case.dtype.itemsize * (providers * weights * (4 if training else 1) + kept)
     return case.dtype.itemsize * weights + max(truth, measured)
-
-
-def _named(name: str, run: Run) -> Run:
-    def call() -> Any:
-        try:
-            return run()
-        except Exception as error:
-            raise ProviderError(name, error) from error
-
-    return call
-
-
-def _judge(
-    provider: Provider, errors: Mapping[str, parity.Error], outcomes: Mapping[str, Outcome], case: ModelCase
-) -> parity.Verdict:
-    """The first part of the output that breaks the rule decides."""
-    dtype = provider.computes_in(case)
-    baseline: Mapping[str, parity.Error] = {}
-    if provider.judged_by != provider.name:
-        judge = outcomes.get(provider.judged_by)
-        if judge is None or not judge.ok or not judge.errors:
-            return parity.Verdict(False, f"nothing to judge it by: {provider.judged_by} did not pass")
-        baseline = judge.errors
-    for name, error in errors.items():
-        verdict = parity.judge(error, dtype, baseline.get(name))
-        if not verdict.ok:
-            return verdict if len(errors) == 1 else parity.Verdict(False, f"{name}: {verdict.reason}")
-    return parity.Verdict(True)
 
 
 def _config(case: ModelCase) -> EncoderConfig:
@@ -444,7 +376,3 @@ def _inputs(case: ModelCase, config: EncoderConfig, device: torch.device) -> Inp
             lengths = torch.tensor(case.lengths())
             padding = (torch.arange(case.text_tokens) >= lengths[:, None]).long().to(device)
     return Inputs(ids, image, padding)
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from beit3_fast.models import EncoderConfig
 
 from . import isolation
-from .cases import ModelCase, check_known
+from .cases import ModelCase, check_known, dtype_name
 from .model import Provider, Run, Setup, in_bfloat16, under_autocast
 
 MODULE = "beit3_fast.bench.model_peers"
@@ -221,7 +221,7 @@ def _cpu(case: ModelCase, device: torch.device) -> str | None:
 
 def _survives(name: str) -> Missing:
     def missing(case: ModelCase, device: torch.device) -> str | None:
-        return _trial(name, str(case.dtype).removeprefix("torch."))
+        return _trial(name, dtype_name(case.dtype))
 
     return missing
 

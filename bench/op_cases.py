@@ -16,7 +16,7 @@ import torch
 
 from beit3_fast.layout import TokenLayout
 
-from .cases import CAPTION_LENGTHS, PADDED_TEXT, check_known
+from .cases import CAPTION_LENGTHS, PADDED_TEXT, check_known, dtype_name
 
 EXPERTS = 2
 
@@ -72,7 +72,7 @@ class OpCase:
     @property
     def name(self) -> str:
         """What ``--case`` takes."""
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = dtype_name(self.dtype)
         return f"{self.shape.name}-{self.batch.name}-{dtype}-{'backward' if self.backward else 'forward'}"
 
     @property

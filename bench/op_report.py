@@ -24,7 +24,7 @@ The JSON is an object::
         errors    null, or for each result ("out", or the input whose gradient it is) null or maximum, rms, absolute as
                   in bench model
         parity    "passed", "failed", or null when it did not run
-        reason    null, or the result and the bound that it broke
+        reason    null, or the bound that was broken, and by which result where there are several
         time_ms   null, or median, low, high, rounds (every round's time, in order)
         roof      null, or share (of the roof that binds, 1 = reached) and bound ("matrix" or "memory")
         speedup   null, or median, low, high of the per-round ratio provider / ours: above 1 ours is the faster
@@ -35,19 +35,19 @@ not, its error is null and its parity "failed".
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-import torch
 from rich.table import Table
 from rich.text import Text
 
+from .cases import dtype_name
 from .op_cases import OpCase
 from .op_providers import OURS
-from .ops import OpOutcome, OpResult
-from .report import interval, milliseconds
+from .ops import OpResult
+from .outcome import Outcome, error_document
+from .report import interval, milliseconds, parity_cells, provider_cell
 from .roofs import Roofs
 from .timing import Estimate, Timing
 
@@ -95,23 +95,16 @@ def describe(case: OpCase) -> str:
     return ", ".join([*parts, f"{case.bytes() / 1e6:.3g} MB"])
 
 
-def _row(outcome: OpOutcome, result: OpResult, roofs: Roofs) -> list[Any]:
-    if outcome.missing is not None:
-        return [Text(outcome.provider, style="dim"), "", Text(f"not run: {outcome.missing}", style="dim"), "", "", ""]
+def _row(outcome: Outcome, result: OpResult, roofs: Roofs) -> list[Any]:
     error = outcome.error
-    maximum = "" if error is None else f"{error.maximum:.1e}"
-    if outcome.failure is not None:
-        return [outcome.provider, maximum, Text(f"did not run: {outcome.failure}", style="bold red"), "none", "", ""]
-    assert outcome.verdict is not None
+    cells = [provider_cell(outcome), "" if error is None else f"{error.maximum:.1e}", *parity_cells(outcome)]
     if not outcome.ok or result.timing is None:
-        return [outcome.provider, maximum, Text(f"FAILED: {outcome.verdict.reason}", style="bold red"), "none", "", ""]
+        return cells
     time = result.timing.time(outcome.provider)
     share, bound = _share(result.case, time, roofs)
     speedup = _speedup(outcome.provider, result.timing)
     return [
-        outcome.provider,
-        maximum,
-        Text("passed", style="green"),
+        *cells,
         f"{milliseconds(time.median)} ms",
         f"{100 * share:.2g}% {bound}",
         "" if speedup is None else interval(speedup),
@@ -161,20 +154,14 @@ def _case(case: OpCase) -> dict[str, Any]:
         "heads": shape.heads,
         "residual": shape.residual,
         "mask": shape.mask if case.op == "attention" else None,
-        "dtype": _dtype(case.dtype),
+        "dtype": dtype_name(case.dtype),
         "direction": "backward" if case.backward else "forward",
         "flops": case.flops(),
         "bytes": case.bytes(),
     }
 
 
-def _provider(outcome: OpOutcome, result: OpResult, roofs: Roofs) -> dict[str, Any]:
-    errors = None
-    if outcome.errors is not None:
-        errors = {
-            name: asdict(error) if all(map(math.isfinite, asdict(error).values())) else None
-            for name, error in outcome.errors.items()
-        }
+def _provider(outcome: Outcome, result: OpResult, roofs: Roofs) -> dict[str, Any]:
     time_ms = roof = speedup = None
     if outcome.ok and result.timing is not None:
         time_ms = result.timing.document(outcome.provider)
@@ -182,13 +169,9 @@ def _provider(outcome: OpOutcome, result: OpResult, roofs: Roofs) -> dict[str, A
         roof = {"share": share, "bound": bound}
         ratio = _speedup(outcome.provider, result.timing)
         speedup = None if ratio is None else asdict(ratio)
-    return {
-        "name": outcome.provider,
-        "missing": outcome.missing,
-        "failure": outcome.failure,
+    errors = None if outcome.errors is None else {name: error_document(e) for name, e in outcome.errors.items()}
+    return outcome.document() | {
         "errors": errors,
-        "parity": None if outcome.verdict is None else ("passed" if outcome.verdict.ok else "failed"),
-        "reason": (outcome.verdict.reason or None) if outcome.verdict else None,
         "time_ms": time_ms,
         "roof": roof,
         "speedup": speedup,
@@ -203,7 +186,3 @@ def _speedup(provider: str, timing: Timing) -> Estimate | None:
     if provider == OURS.name or OURS.name not in timing.rounds:
         return None
     return timing.speedup(OURS.name, over=provider)
-
-
-def _dtype(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -13,9 +13,7 @@ Peers are tried in a process of their own first (:mod:`.op_trial`): one that die
 
 from __future__ import annotations
 
-import contextlib
-import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -27,8 +25,9 @@ from beit3_fast.layout import TokenLayout
 from . import op_trial, parity
 from .op_cases import OpCase
 from .op_providers import OURS, REFERENCE, Compute, OpProvider
+from .outcome import Outcome, ProviderError, blaming, judge, time_those_that_passed
 from .roofs import cache_bytes, free_memory
-from .timing import Stopwatch, Timing, interleave, wall_clock
+from .timing import Stopwatch, Timing, wall_clock
 
 SETS = 3
 WARMUP = 2
@@ -124,7 +123,7 @@ class Call:
         index, self._next = self._next, (self._next + 1) % len(self._problems)
         out = None
         if self._problems[index].case.backward:
-            with self._named(), torch.enable_grad():
+            with blaming(self.provider.name), torch.enable_grad():
                 out = self._compute(**self._inputs[index])
         self._pending = index, out
 
@@ -138,18 +137,11 @@ class Call:
             self.ready()
         assert self._pending is not None
         (index, out), self._pending = self._pending, None
-        with self._named():
+        with blaming(self.provider.name):
             if out is not None:
                 return torch.autograd.grad(out, self._leaves(index), self._gradients[index])
             with torch.no_grad():
                 return (self._compute(**self._inputs[index]),)
-
-    @contextlib.contextmanager
-    def _named(self) -> Iterator[None]:
-        try:
-            yield
-        except Exception as error:
-            raise ProviderError(self.provider.name, error) from error
 
     def _leaves(self, index: int) -> list[Tensor]:
         values = [value if isinstance(value, tuple) else (value,) for value in self._inputs[index].values()]
@@ -173,46 +165,12 @@ class Call:
         return results
 
 
-class ProviderError(Exception):
-    """A provider raised ``cause`` while it ran."""
-
-    def __init__(self, provider: str, cause: Exception) -> None:
-        self.provider = provider
-        message = next(iter(str(cause).splitlines()), "")
-        super().__init__(f"{type(cause).__name__}: {message}")
-
-
-@dataclass(frozen=True)
-class OpOutcome:
-    """One provider's result: ``missing`` is why it cannot take part, ``failure`` what it raised or how it ended the
-    process that tried it, ``verdict`` whether every result was near enough to be timed, ``errors`` how far each is from
-    the truth."""
-
-    provider: str
-    missing: str | None = None
-    failure: str | None = None
-    errors: Mapping[str, parity.Error] | None = None
-    verdict: parity.Verdict | None = None
-
-    @property
-    def ok(self) -> bool:
-        return self.failure is None and self.verdict is not None and self.verdict.ok
-
-    @property
-    def error(self) -> parity.Error | None:
-        """The largest of each kind over all results."""
-        if not self.errors:
-            return None
-        kinds = zip(*((error.maximum, error.rms, error.absolute) for error in self.errors.values()), strict=True)
-        return parity.Error(*(math.nan if any(map(math.isnan, values)) else max(values) for values in kinds))
-
-
 @dataclass(frozen=True)
 class OpResult:
     """All providers' outcomes, and the times of those that passed; ``skipped`` is why the case was not run at all."""
 
     case: OpCase
-    outcomes: list[OpOutcome]
+    outcomes: list[Outcome]
     timing: Timing | None
     skipped: str | None = None
 
@@ -255,13 +213,12 @@ def run_case(
     missing = {provider.name: provider.missing(case, device) for provider in those_of_the_op}
     say("whether a peer ends the process")
     ends = op_trial.crashes(case, [p for p in those_of_the_op if missing[p.name] is None], device)
-    outcomes: dict[str, OpOutcome] = {}
-    calls: dict[str, Call] = {}
+    outcomes: dict[str, Outcome] = {}
+    calls: dict[str, Callable[[], object]] = {}
     for provider in those_of_the_op:
-        if missing[provider.name] is not None or provider.name in ends:
-            outcomes[provider.name] = OpOutcome(
-                provider.name, missing=missing[provider.name], failure=ends.get(provider.name)
-            )
+        about = Outcome(provider.name, missing=missing[provider.name], failure=ends.get(provider.name))
+        outcomes[provider.name] = about
+        if about.missing is not None or about.failure is not None:
             continue
         say(f"parity of {provider.name}")
         try:
@@ -269,46 +226,20 @@ def run_case(
             errors = {name: parity.error(result, truth[name]) for name, result in call.results().items()}
         except Exception as error:  # one provider that cannot run must not take the others with it
             failure = error if isinstance(error, ProviderError) else ProviderError(provider.name, error)
-            outcomes[provider.name] = OpOutcome(provider.name, failure=str(failure))
+            outcomes[provider.name] = replace(about, failure=str(failure))
             continue
-        verdict = _judge(provider, errors, outcomes, case.dtype)
-        outcomes[provider.name] = OpOutcome(provider.name, errors=errors, verdict=verdict)
+        # the reference itself is held to the cap alone
+        by = None if provider.name == REFERENCE.name else REFERENCE.name
+        verdict = judge(errors, case.dtype, by, outcomes)
+        outcomes[provider.name] = replace(about, errors=errors, verdict=verdict)
         if verdict.ok:
             calls[provider.name] = call
     del truth
 
-    timing = None
-    stopwatch = stopwatch or cold(device)
-    while calls and timing is None:
-        try:
-            timing = interleave(
-                calls,
-                rounds=rounds,
-                warmup=WARMUP,
-                stopwatch=stopwatch,
-                after_round=lambda done: say(f"round {done} of {rounds}"),
-            )
-        except ProviderError as error:  # the others start again without it
-            outcomes[error.provider] = replace(outcomes[error.provider], failure=str(error))
-            del calls[error.provider]
+    timing = time_those_that_passed(
+        calls, outcomes, rounds=rounds, warmup=WARMUP, stopwatch=stopwatch or cold(device), say=say
+    )
     return OpResult(case, list(outcomes.values()), timing)
-
-
-def _judge(
-    provider: OpProvider, errors: Mapping[str, parity.Error], outcomes: Mapping[str, OpOutcome], dtype: torch.dtype
-) -> parity.Verdict:
-    """The first result that breaks the rule decides; the reference itself is held to the cap alone."""
-    baseline: Mapping[str, parity.Error] = {}
-    if provider.name != REFERENCE.name:
-        reference = outcomes.get(REFERENCE.name)
-        if reference is None or not reference.ok or not reference.errors:
-            return parity.Verdict(False, f"nothing to judge it by: {REFERENCE.name} did not pass")
-        baseline = reference.errors
-    for name, error in errors.items():
-        verdict = parity.judge(error, dtype, baseline.get(name))
-        if not verdict.ok:
-            return parity.Verdict(False, f"{name}: {verdict.reason}")
-    return parity.Verdict(True)
 
 
 def cold(device: torch.device) -> Stopwatch:

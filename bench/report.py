@@ -37,7 +37,6 @@ not, its error is null and its parity "failed".
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
@@ -47,8 +46,9 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from .cases import CAPTION_BEAMS, CAPTION_TOKENS, ModelCase
-from .model import CaseResult, Outcome
+from .cases import CAPTION_BEAMS, CAPTION_TOKENS, ModelCase, dtype_name
+from .model import CaseResult
+from .outcome import Outcome, error_document
 from .roofs import Roofs
 from .timing import Estimate
 
@@ -97,14 +97,14 @@ def table(result: CaseResult, roofs: Roofs) -> Table:
 
 def _caption(result: CaseResult) -> str:
     lines = [
-        f"errors against reference PyTorch in {_dtype(result.case.truth)}, relative to its size; "
+        f"errors against reference PyTorch in {dtype_name(result.case.truth)}, relative to its size; "
         f"speed-up over {result.baseline}"
     ]
     if result.flops is not None:
         lines.append(f"of roof: {result.flops / 1e9:,.4g} GFLOP of useful products over the machine's own rate")
     ratio = _ours_faster(result.best_other, result)
     if ratio is not None:
-        best = f"best of the others in {_dtype(result.case.dtype)}: {result.best_other}"
+        best = f"best of the others in {dtype_name(result.case.dtype)}: {result.best_other}"
         lines.append(f"{best}; {result.ours} runs at {interval(ratio)} its speed")
     ours, other = result.memory.get(result.ours), result.memory.get(result.best_other)
     if ours is not None and other is not None:
@@ -128,19 +128,15 @@ def describe(case: ModelCase) -> str:
         parts.append("training step")
     if case.task == "captioning":
         parts.append(f"{CAPTION_BEAMS} beams to {CAPTION_TOKENS} tokens")
-    return ", ".join([*parts, _dtype(case.dtype)])
+    return ", ".join([*parts, dtype_name(case.dtype)])
 
 
 def _row(outcome: Outcome, result: CaseResult, roofs: Roofs) -> list[RenderableType]:
-    if outcome.missing is not None:
-        return [Text(outcome.provider, style="dim"), "", "", Text(f"not run: {outcome.missing}", style="dim")]
     error, timing = outcome.error, result.timing
     errors = ["", ""] if error is None else [f"{error.maximum:.1e}", f"{error.rms:.1e}"]
-    if outcome.failure is not None or outcome.verdict is None:
-        return [outcome.provider, *errors, Text(f"did not run: {outcome.failure}", style="red")]
+    cells = [provider_cell(outcome), *errors, *parity_cells(outcome)]
     if not outcome.ok or timing is None:
-        return [outcome.provider, *errors, Text(f"FAILED: {outcome.verdict.reason}", style="bold red"), "none"]
-    cells: list[RenderableType] = [outcome.provider, *errors, Text("passed", style="green")]
+        return cells
     cells.append(f"{milliseconds(timing.time(outcome.provider).median)} ms")
     if result.flops is not None:
         share = _roof(outcome, result, roofs)
@@ -151,6 +147,18 @@ def _row(outcome: Outcome, result: CaseResult, roofs: Roofs) -> list[RenderableT
     for ratio in (_speedup(outcome.provider, result), _ours_faster(outcome.provider, result)):
         cells.append("" if ratio is None else interval(ratio))
     return cells
+
+
+def provider_cell(outcome: Outcome) -> RenderableType:
+    """The provider's name."""
+    return Text(outcome.provider, style="dim" if outcome.missing is not None else "")
+
+
+def parity_cells(outcome: Outcome) -> list[RenderableType]:
+    """Whether it passed or why not, and then what stands for its time."""
+    if outcome.ok:
+        return [Text(outcome.words, style="green")]
+    return [Text(outcome.words, style="dim")] if outcome.missing else [Text(outcome.words, style="bold red"), "none"]
 
 
 def interval(estimate: Estimate) -> str:
@@ -189,8 +197,8 @@ def case_document(case: ModelCase) -> dict[str, Any]:
     return {
         **asdict(case),
         "text_lengths": case.lengths() if case.text_tokens is not None else None,
-        "dtype": _dtype(case.dtype),
-        "truth": _dtype(case.truth),
+        "dtype": dtype_name(case.dtype),
+        "truth": dtype_name(case.truth),
     }
 
 
@@ -208,23 +216,14 @@ def _result(result: CaseResult, roofs: Roofs) -> dict[str, Any]:
 
 
 def _provider(outcome: Outcome, result: CaseResult, roofs: Roofs) -> dict[str, Any]:
-    error = None
-    if outcome.error is not None and all(map(math.isfinite, asdict(outcome.error).values())):
-        error = asdict(outcome.error)
-    parity = None if outcome.verdict is None else ("passed" if outcome.verdict.ok else "failed")
     time_ms = speedup = ours_faster = None
     if outcome.ok and result.timing is not None:
         time_ms = result.timing.document(outcome.provider)
         speedup, ours_faster = _speedup(outcome.provider, result), _ours_faster(outcome.provider, result)
     memory = result.memory.get(outcome.provider)
-    return {
-        "name": outcome.provider,
+    return outcome.document() | {
         "peer": outcome.peer,
-        "missing": outcome.missing,
-        "failure": outcome.failure,
-        "error": error,
-        "parity": parity,
-        "reason": (outcome.verdict.reason or None) if outcome.verdict else None,
+        "error": error_document(outcome.error),
         "time_ms": time_ms,
         "roof": _roof(outcome, result, roofs),
         "speedup": None if speedup is None else asdict(speedup),
@@ -257,10 +256,6 @@ def _ours_faster(provider: str | None, result: CaseResult) -> Estimate | None:
 def count(number: Any, what: str) -> str:
     """``1 core``, ``2 cores``"""
     return f"{number} {what}" + ("" if number == 1 else "s")
-
-
-def _dtype(dtype: Any) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def console() -> Console:

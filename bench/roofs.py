@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from . import probe
+from .cases import dtype_name
 from .probe import Peak
 from .timing import Stopwatch, stopwatch_for
 
@@ -61,9 +62,9 @@ class Roofs:
         why nothing did."""
         return {
             "bandwidth_gb_s": self.bandwidth / 1e9,
-            "matrix_gflop_s": {_name(dtype): rate / 1e9 for dtype, rate in self.matrix.items()},
+            "matrix_gflop_s": {dtype_name(dtype): rate / 1e9 for dtype, rate in self.matrix.items()},
             "peak_gflop_s": {
-                _name(dtype): {"core": peak.core / 1e9, "all": peak.all / 1e9} for dtype, peak in self.peak.items()
+                dtype_name(dtype): {"core": peak.core / 1e9, "all": peak.all / 1e9} for dtype, peak in self.peak.items()
             },
             "memory_gb_s": {kind: rate / 1e9 for kind, rate in self.memory.items()},
             "probe": self.probe,
@@ -74,7 +75,7 @@ class Roofs:
         rates = []
         for dtype, rate in self.matrix.items():
             above = f" (peak {_rate(self.peak[dtype].all)})" if dtype in self.peak else ""
-            rates.append(f"{_rate(rate)} in {_name(dtype)}{above}")
+            rates.append(f"{_rate(rate)} in {dtype_name(dtype)}{above}")
         found = f"; {self.probe}" if self.probe else ""
         return f"measured roofs: memory {self.bandwidth / 1e9:.3g} GB/s; matrix products {', '.join(rates)}{found}"
 
@@ -83,10 +84,6 @@ def _rate(flop_per_second: float) -> str:
     return (
         f"{flop_per_second / 1e12:.3g} TFLOP/s" if flop_per_second >= 1e12 else f"{flop_per_second / 1e9:.3g} GFLOP/s"
     )
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def cache_bytes(device: torch.device) -> int:

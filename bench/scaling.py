@@ -55,9 +55,9 @@ from beit3_fast import optimize
 from beit3_fast.models import BEiT3, EncoderConfig
 
 from . import cases, model, model_tasks, parity, reference
-from .cases import CAPTION_LENGTHS, PADDED_TEXT, ModelCase, check_known
+from .cases import CAPTION_LENGTHS, PADDED_TEXT, ModelCase, check_known, dtype_name
 from .model import BASELINE, OPTIMIZED, OUR_NAMES, Inputs, Outcome, Provider, Run
-from .report import milliseconds
+from .report import milliseconds, parity_cells, provider_cell
 from .roofs import Roofs
 from .timing import Timing
 
@@ -240,7 +240,7 @@ class Point:
     @property
     def ok(self) -> bool:
         """Everybody who is no peer ran and was right, as far as they could take part."""
-        return all(outcome.ok for outcome in self.outcomes if not outcome.peer and outcome.missing is None)
+        return all(outcome.harmless for outcome in self.outcomes)
 
 
 def run_point(
@@ -325,7 +325,7 @@ def exponent(points: Iterable[Point], provider: str) -> float | None:
 
 def table(curve: Curve, points: Sequence[Point], dtype: torch.dtype, roofs: Roofs) -> Table:
     """A curve's points, and in the caption its exponents."""
-    title = f"{curve.name}: {curve.title}, {_name(dtype)}"
+    title = f"{curve.name}: {curve.title}, {dtype_name(dtype)}"
     shown = Table(title=title, title_justify="left", title_style="bold", caption_justify="left", min_width=len(title))
     shown.add_column(curve.axis, justify="right")
     shown.add_column("GFLOP", justify="right")
@@ -349,19 +349,14 @@ def table(curve: Curve, points: Sequence[Point], dtype: torch.dtype, roofs: Roof
 
 
 def _cells(outcome: Outcome, point: Point, roofs: Roofs) -> list[Any]:
-    name = outcome.provider
-    if outcome.missing is not None:
-        return [Text(name, style="dim"), Text(f"not run: {outcome.missing}", style="dim")]
-    if outcome.failure is not None or outcome.verdict is None:
-        return [name, Text(f"did not run: {outcome.failure}", style="red")]
+    name, cells = outcome.provider, [provider_cell(outcome), *parity_cells(outcome)]
     if not outcome.ok:
-        return [name, Text(f"FAILED: {outcome.verdict.reason}", style="bold red"), "none"]
-    passed = Text("passed", style="green")
+        return cells
     if name not in point.timing.rounds:
-        return [name, passed, Text(f"not timed: {point.untimed.get(name, '')}", style="dim")]
+        return [*cells, Text(f"not timed: {point.untimed.get(name, '')}", style="dim")]
     time, (rate, share) = point.timing.time(name), _rate(outcome, point, roofs)
     spread = f"{milliseconds(time.median)} [{milliseconds(time.low)}, {milliseconds(time.high)}] ms"
-    return [name, passed, spread, f"{rate / 1e9:,.3g}", "" if share is None else f"{100 * share:.0f}%"]
+    return [*cells, spread, f"{rate / 1e9:,.3g}", "" if share is None else f"{100 * share:.0f}%"]
 
 
 def document(
@@ -386,7 +381,7 @@ def document(
                 "name": curve.name,
                 "title": curve.title,
                 "axis": curve.axis,
-                "dtype": _name(dtype),
+                "dtype": dtype_name(dtype),
                 "exponents": _exponents(points),
                 "points": [
                     {
@@ -405,15 +400,10 @@ def document(
 
 
 def _provider(outcome: Outcome, point: Point, roofs: Roofs) -> dict[str, Any]:
-    verdict, timed = outcome.verdict, outcome.provider in point.timing.rounds
-    reason = verdict.reason if verdict is not None and verdict.reason else point.untimed.get(outcome.provider)
+    timed, found = outcome.provider in point.timing.rounds, outcome.document()
     rate, share = _rate(outcome, point, roofs) if timed else (None, None)
-    return {
-        "name": outcome.provider,
-        "missing": outcome.missing,
-        "failure": outcome.failure,
-        "parity": None if verdict is None else ("passed" if verdict.ok else "failed"),
-        "reason": reason,
+    return found | {
+        "reason": found["reason"] or point.untimed.get(outcome.provider),
         "time_ms": point.timing.document(outcome.provider) if timed else None,
         "gflop_s": None if rate is None else rate / 1e9,
         "roof": share,
@@ -430,7 +420,3 @@ def _rate(outcome: Outcome, point: Point, roofs: Roofs) -> tuple[float, float | 
 def _exponents(points: Sequence[Point]) -> dict[str, float | None]:
     names = dict.fromkeys(outcome.provider for point in points for outcome in point.outcomes)
     return {name: exponent(points, name) for name in names}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")

@@ -133,7 +133,7 @@ def test_the_server_refuses_to_time_what_is_wrong(quick_server, monkeypatch):
     assert (late, message) == (False, "RuntimeError: nothing was prepared")
 
     def wrong(setup):
-        run = base_server.model.OURS.build(setup)
+        run = model.OURS.build(setup)
         return lambda: run().roll(1, dims=1)
 
     task = model_tasks.tasks()["forward"]
@@ -142,7 +142,7 @@ def test_the_server_refuses_to_time_what_is_wrong(quick_server, monkeypatch):
     monkeypatch.setattr(model_tasks, "tasks", lambda: {"forward": changed})
     ((right, problem),) = served(("prepare", TOY, "beit3_fast"))
     assert right
-    assert problem.startswith("out: maximum error")
+    assert problem.startswith("FAILED: maximum error")
 
 
 # ---- the whole way, with a repository made for it ----
@@ -183,7 +183,7 @@ def test_each_process_runs_its_own_version(repository, monkeypatch, capsys):
     assert command.ops(base="HEAD", threads=1)
     printed = " ".join(capsys.readouterr().out.split())
     assert "this tree against HEAD; tolerance 3 %" in printed
-    assert "base: out: maximum error" in printed, "the base's mistake is seen, and is no fault of this tree"
+    assert "base: FAILED: maximum error" in printed, "the base's mistake is seen, and is no fault of this tree"
     assert len(git(repository, "worktree", "list").splitlines()) == 1, "the checkout is gone"
 
 

@@ -143,7 +143,7 @@ def test_memory_of_a_step_is_shown_and_kept(monkeypatch):
     printed = capture.get()
     assert "5.00 GB" in printed
     assert "beyond them beit3_fast takes 0.50x of reference's" in printed
-    kept = {p["name"]: p["memory"] for p in document([result], ROOFS, {}, {})["results"][0]["providers"]}
+    kept = {p["name"]: p["memory"] for p in document([result], ROOFS, {}, {}, complete=True)["results"][0]["providers"]}
     assert kept["beit3_fast"] == {"peak": 4_000_000_000, "held": 3_000_000_000}
 
 

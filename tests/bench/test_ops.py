@@ -192,7 +192,8 @@ def test_a_wrong_peer_gets_no_time(op, change, backward):
     result = run_case(case_of(op, backward=backward), [REFERENCE, OURS, spoilt(change)])
     wrong = outcomes_of(result)["wrong"]
     assert not wrong.ok
-    assert wrong.verdict.reason.split(":")[0] in (*result.case.inputs(), "out")
+    named = wrong.verdict.reason.split(":")[0] in result.case.inputs()
+    assert named == (len(wrong.errors) > 1), "which result, where there are several"
     assert set(result.timing.rounds) == {"reference", "beit3_fast"}
     assert result.ok  # by ours
 
@@ -223,7 +224,7 @@ def test_sums_kept_in_bfloat16_are_caught(dtype, width):
     shape = Shape("deep", "multiway_linear", width=width, out=16)
     result = run_case(OpCase(shape, TINY, dtype), [REFERENCE, OURS, narrow(width, 16)])
     assert result.ok
-    assert outcomes_of(result)["narrow"].verdict.reason.startswith("out: ")
+    assert outcomes_of(result)["narrow"].verdict.reason.startswith(("maximum error", "rms error"))
     assert "narrow" not in result.timing.rounds
 
 
@@ -673,8 +674,9 @@ def test_command_prints_and_keeps_everything(toy_command, tmp_path, capsys):
     assert set(attention["providers"][0]["errors"]) == {"qkv"}
     pairs = zip(reference["time_ms"]["rounds"], ours["time_ms"]["rounds"], strict=True)
     ratios = sorted(theirs / our for theirs, our in pairs)
-    assert reference["speedup"]["median"] == pytest.approx((ratios[2] + ratios[3]) / 2)
-    assert (reference["speedup"]["low"], reference["speedup"]["high"]) == pytest.approx((ratios[0], ratios[-1]))
+    assert reference["speedup"]["median"] == pytest.approx((ratios[11] + ratios[12]) / 2)
+    # of 24 values, the 7th from either end
+    assert (reference["speedup"]["low"], reference["speedup"]["high"]) == pytest.approx((ratios[6], ratios[-7]))
     assert ours["roof"] == {"share": pytest.approx(13312 / 1e10 / ours["time_ms"]["median"] * 1e3), "bound": "memory"}
 
 
@@ -685,7 +687,7 @@ def test_command_fails_by_ours_and_not_by_a_peer(change, toy_command, tmp_path, 
     def run(*taking_part):
         monkeypatch.setattr(command, "select_providers", lambda names, quick: list(taking_part))
         right = command.ops(rounds=6, device="cpu", json_file=target)
-        assert "FAILED: out: maximum error" in " ".join(capsys.readouterr().out.split())
+        assert "FAILED: maximum error" in " ".join(capsys.readouterr().out.split())
         return right, {p["name"]: p for p in json.loads(target.read_text())["results"][0]["providers"]}
 
     right, providers = run(REFERENCE, OURS, spoilt(change, name="peer"))

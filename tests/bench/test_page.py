@@ -15,10 +15,11 @@ import pytest
 import torch
 from beit3_fast.bench import charts, memory, op_report, page, report, training
 from beit3_fast.bench.cases import MODEL_CASES, ModelCase
-from beit3_fast.bench.model import CaseResult, Outcome
+from beit3_fast.bench.model import CaseResult
 from beit3_fast.bench.op_cases import OP_CASES, QUICK_OP_CASES
 from beit3_fast.bench.op_providers import PROVIDERS
-from beit3_fast.bench.ops import OpOutcome, OpResult
+from beit3_fast.bench.ops import OpResult
+from beit3_fast.bench.outcome import Outcome
 from beit3_fast.bench.parity import Error, Verdict
 from beit3_fast.bench.roofs import Roofs
 from beit3_fast.bench.timing import Timing
@@ -74,8 +75,8 @@ def ops_document(cases=QUICK_OP_CASES):
     for case in cases:
         names = [provider.name for provider in PROVIDERS if case.op in provider.builds]
         timing = Timing({name: rounds(1 + place, (-1) ** place) for place, name in enumerate(names)})
-        done = [OpOutcome(name, errors={"out": ERROR}, verdict=Verdict(True)) for name in names]
-        late = [OpOutcome("broken", failure=EVIL), OpOutcome("absent", missing="it is not installed")]
+        done = [Outcome(name, errors={"out": ERROR}, verdict=Verdict(True)) for name in names]
+        late = [Outcome("broken", failure=EVIL), Outcome("absent", missing="it is not installed")]
         results.append(OpResult(case, [*done, *late], timing))
     return op_report.op_document(results, ROOFS, MACHINE, SETTINGS, complete=False)
 
