@@ -6,6 +6,8 @@ input is one line on standard error and exit code 2; exit code 1 means that some
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -52,15 +54,35 @@ def info() -> None:
     beit3_fast.info()
 
 
+def _together(*options: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """Several options as one decorator; ``--help`` shows them in this order."""
+
+    def decorate(function: Any) -> Any:
+        return functools.reduce(lambda decorated, option: option(decorated), reversed(options), function)
+
+    return decorate
+
+
 _rounds = click.option("--rounds", type=int, default=None, help="Interleaved timing rounds (at least 6).")
 _threads = click.option("--threads", type=int, default=None, help="CPU threads; PyTorch's choice when left out.")
-_device = click.option("--device", default=None, help="cpu or cuda. [default: cuda when there is one]")
+_json = click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results to this file.")
+_where = _together(
+    _threads, click.option("--device", default=None, help="cpu or cuda. [default: cuda when there is one]")
+)
 _base = click.option(
     "--base", default=None, metavar="REVISION", help="Ours against ours of this git revision, interleaved; CPU."
 )
-_json = click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results to this file.")
-_csv = click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write the results as a table.")
-_html = click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write a page with plots.")
+_files = _together(
+    _json,
+    click.option("--csv", "csv_file", type=click.Path(path_type=Path), help="Write the results as a table."),
+    click.option("--html", "html_file", type=click.Path(path_type=Path), help="Write a page with plots."),
+)
+
+
+def _exit(right: bool) -> None:
+    """Exit code 1 where something ran and was not right."""
+    if not right:
+        raise SystemExit(1)
 
 
 @main.command()
@@ -85,8 +107,7 @@ def demo(**options: Any) -> None:
     """
     from beit3_fast.demo import run
 
-    if not run(**options):
-        raise SystemExit(1)
+    _exit(run(**options))
 
 
 @main.group()
@@ -100,26 +121,22 @@ def bench() -> None:
 @click.option(
     "--provider", "providers", multiple=True, help="Compare with this provider only, e.g. openvino; repeatable."
 )
-@click.option("--quick", is_flag=True, help="A few cases, small batches, few rounds.")
+@click.option("--quick", is_flag=True, help="A few cases, small batches.")
 @click.option("--batch", type=int, default=None, help="Replace every case's batch size.")
 @_rounds
-@_threads
+@_where
 @click.option("--compile", "compiled", is_flag=True, help="Also time the reference under torch.compile.")
-@_device
 @_base
-@_json
-@_csv
-@_html
+@_files
 def bench_model(**options: Any) -> None:
     """Time the model against reference PyTorch: forward, captioning, a training step.
 
     What fails parity gets no time, and exit code 1 unless it is a peer. With --peers the public BEiT-3, torch.compile,
     OpenVINO, ONNX Runtime and zentorch take part; one that is not installed is listed with the reason.
     """
-    from beit3_fast.bench.command import model
+    from beit3_fast.bench import command
 
-    if not model(**options):
-        raise SystemExit(1)
+    _exit(command.run(command.model, **options))
 
 
 @bench.command("ops")
@@ -128,23 +145,19 @@ def bench_model(**options: Any) -> None:
 @click.option(
     "--provider", "providers", multiple=True, help="Compare with this peer only, e.g. sdpa-padded; repeatable."
 )
-@click.option("--quick", is_flag=True, help="Small shapes, few rounds, nothing that compiles.")
+@click.option("--quick", is_flag=True, help="Small shapes, nothing that compiles.")
 @_rounds
-@_threads
-@_device
+@_where
 @_base
-@_json
-@_csv
-@_html
+@_files
 def bench_ops(**options: Any) -> None:
     """Time every op, forward and backward, against reference PyTorch and peers; exit code 1 when ours fails parity.
 
     A peer that fails parity gets no time, and one that is not installed is listed with the reason.
     """
-    from beit3_fast.bench.command import ops
+    from beit3_fast.bench import command
 
-    if not ops(**options):
-        raise SystemExit(1)
+    _exit(command.run(command.ops, **options))
 
 
 @bench.command("scaling")
@@ -153,58 +166,46 @@ def bench_ops(**options: Any) -> None:
 @click.option("--quick", is_flag=True, help="Two small points a curve; under a minute on two CPU cores.")
 @click.option("--dtype", type=click.Choice(["float32", "bfloat16"]), default="float32", help="Of weights and images.")
 @_rounds
-@_threads
-@_device
-@_json
-@_csv
-@_html
+@_where
+@_files
 def bench_scaling(**options: Any) -> None:
     """Time a forward as the batch, the text and the image grow; it must grow as the FLOPs do.
 
     Parity comes first at every point. One that does not fit in memory is skipped with the figure.
     """
-    from beit3_fast.bench.command import scaling
+    from beit3_fast.bench import command
 
-    if not scaling(**options):
-        raise SystemExit(1)
+    _exit(command.run(command.scaling, **options))
 
 
 @bench.command("breakdown")
 @click.option("--case", "cases", multiple=True, help="This case of bench model only, e.g. base-text; repeatable.")
 @click.option("--quick", is_flag=True, help="One case, batch 2.")
-@_threads
-@_device
-@_json
-@_csv
-@_html
+@_where
+@_files
 def bench_breakdown(**options: Any) -> None:
     """Show where the time of a forward goes: reference PyTorch, the public code and ours, by kind of op.
 
     What fails parity gets no times.
     """
-    from beit3_fast.bench.command import breakdown
+    from beit3_fast.bench import command
 
-    if not breakdown(**options):
-        raise SystemExit(1)
+    _exit(command.run(command.breakdown, **options))
 
 
 @bench.command("all")
 @click.option("--quick", is_flag=True, help="A few small cases; under 3 minutes on two CPU cores.")
-@_threads
-@_device
-@_json
-@_csv
-@_html
+@_where
+@_files
 def bench_all(**options: Any) -> None:
     """Run model, ops, scaling, breakdown and memory, one after the other.
 
     A kind that cannot run is listed with the reason. Files are written after every case: an interrupted run keeps what
     it had.
     """
-    from beit3_fast.bench.command import everything
+    from beit3_fast.bench import command
 
-    if not everything(**options):
-        raise SystemExit(1)
+    _exit(command.run(command.everything, **options))
 
 
 @bench.command("compare")
@@ -219,42 +220,38 @@ def bench_compare(**options: Any) -> None:
     """
     from beit3_fast.bench.command import compare
 
-    if not compare(**options):
-        raise SystemExit(1)
+    _exit(compare(**options))
 
 
 @bench.command("memory")
-@_json
-@_csv
-@_html
+@_files
 def bench_memory(**options: Any) -> None:
     """Count what a layer allocates in a training step, ours against the public code; no GPU, nothing is computed."""
-    from beit3_fast.bench.command import memory
+    from beit3_fast.bench import command
 
-    memory(**options)
+    command.run(command.memory, **options)
 
 
 @bench.command("static")
 @click.option("--arch", "architectures", multiple=True, type=int, help="80 for 8.0; repeatable. [default: all]")
 @click.option("--all", "everything", is_flag=True, help="Every valid config and kind of number; takes hours.")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results to this file.")
+@_json
 @click.option("--update", is_flag=True, help="Write the budget anew from what is found.")
 def bench_static(**options: Any) -> None:
     """Compile every Triton kernel for every GPU architecture, without a GPU; exit code 1 when a budget is broken."""
-    from beit3_fast.bench.command import static
+    from beit3_fast.bench.compiled import static
 
-    if not static(**options):
-        raise SystemExit(1)
+    _exit(static(**options))
 
 
 @bench.command("simulate")
 @click.option("--batch", "batches", multiple=True, type=int, help="Samples of 197 + 13 tokens. [default: 2 and 8]")
 @click.option("--arch", "architectures", multiple=True, type=int, help="80 or 90; repeatable. [default: both]")
 @click.option("--chip", default=None, help="Also lower bounds on this chip: a100 or h100. [default: none]")
-@click.option("--json", "json_file", type=click.Path(path_type=Path), help="Write the results to this file.")
+@_json
 def bench_simulate(**options: Any) -> None:
     """Run the compiled Triton kernels in a PTX simulator and count what they do; no GPU, no times."""
-    from beit3_fast.bench.command import simulate
+    from beit3_fast.bench.compiled import simulate
 
     simulate(**options)
 
@@ -282,8 +279,7 @@ def tune(**options: Any) -> None:
     """
     from beit3_fast.tuning import command
 
-    if not command(**options):
-        raise SystemExit(1)
+    _exit(command(**options))
 
 
 @main.command()

@@ -54,11 +54,6 @@ from .timing import Estimate, Timing
 SCHEMA = 1
 
 
-def roofs_line(roofs: Roofs) -> str:
-    """The machine's roofs in a line."""
-    return roofs.line()
-
-
 def op_table(result: OpResult, roofs: Roofs) -> Table:
     """One case's outcomes; who cannot take part comes last."""
     case = result.case

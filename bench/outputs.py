@@ -42,8 +42,11 @@ class Outputs:
             FileNotFoundError: the folder of one does not exist.
             ValueError: one cannot be written.
         """
-        wanted = (("--json", json_file), ("--csv", csv_file), ("--html", html_file))
-        return cls(*(None if file is None else check_writable(file, option) for option, file in wanted))
+
+        def checked(file: str | os.PathLike[str] | None, option: str) -> Path | None:
+            return None if file is None else check_writable(file, option)
+
+        return cls(checked(json_file, "--json"), checked(csv_file, "--csv"), checked(html_file, "--html"))
 
     def keep(self, document: Document) -> None:
         """Writes JSON and CSV, each replaced in one step, so that a run that dies leaves what it had."""

@@ -127,7 +127,7 @@ def test_exit_code_tells_whether_parity_held(passed, code, monkeypatch, tmp_path
     import beit3_fast.demo as demo
 
     seen = []
-    monkeypatch.setattr(command, "model", lambda **options: seen.append(options) or passed)
+    monkeypatch.setattr(command, "run", lambda kind, **options: seen.append(options) or passed)
     monkeypatch.setattr(demo, "run", lambda **options: seen.append(options) or passed)
     options = ["--case", "a", "--case", "b", "--quick", "--batch", 3, "--rounds", 7, "--threads", 2, "--compile"]
     assert invoke("bench", "model", *options, "--device", "cpu", "--json", tmp_path / "o.json").exit_code == code

@@ -139,30 +139,30 @@ def test_the_command_runs_every_kind_with_its_options(monkeypatch, tmp_path):
     called = []
 
     def kind(name):
-        def measure(outputs, **options):
-            called.append((name, options))
+        def measure(options, **own):
+            called.append((name, (options.quick, options.threads, options.device), own))
             return True
 
         return measure
 
     for name in ("model", "ops", "scaling", "breakdown", "memory"):
-        monkeypatch.setattr(command, f"_{name}", kind(name))
-    options = {"quick": True, "threads": 1, "device": "cpu"}
+        monkeypatch.setattr(command, name, kind(name))
+    shared = (True, 1, "cpu")
     target = tmp_path / "all.json"
     done = CliRunner().invoke(main, ["bench", "all", "--quick", "--threads=1", "--device=cpu", f"--json={target}"])
     assert done.exit_code == 0, done.output
     assert called == [
-        ("model", {"cases": command.QUICK_MODEL_CASES, **options}),
-        ("ops", options),
-        ("scaling", options),
-        ("breakdown", options),
-        ("memory", {}),
+        ("model", shared, {"cases": command.QUICK_MODEL_CASES}),
+        ("ops", shared, {}),
+        ("scaling", shared, {}),
+        ("breakdown", shared, {}),
+        ("memory", shared, {}),
     ]
     kept = read(target)
     assert (kept["complete"], kept["machine"]["threads"]) == (True, 1)
     called.clear()
-    assert command.everything(device="cpu")
-    assert called[0] == ("model", {"cases": (), "quick": False, "threads": None, "device": "cpu"})
+    assert command.run(command.everything, device="cpu")
+    assert called[0] == ("model", (False, None, "cpu"), {"cases": ()})
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_the_command_runs_every_kind_with_its_options(monkeypatch, tmp_path):
 def test_bad_options_stop_before_any_work(options, message, monkeypatch):
     monkeypatch.setattr(everything, "run", lambda *arguments: pytest.fail("work was done"))
     with pytest.raises((ValueError, FileNotFoundError), match=message):
-        command.everything(**{"device": "cpu", **options})
+        command.run(command.everything, **{"device": "cpu", **options})
 
 
 # ---- CSV ----

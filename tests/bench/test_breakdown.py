@@ -258,7 +258,7 @@ def test_command_prints_and_keeps_everything(tmp_path, capsys, monkeypatch):
     absent = replace(model.AUTOCAST, name="public", missing=lambda case, device: "not here", peer=True)
     monkeypatch.setattr(breakdown, "providers", lambda: [model.REFERENCE, absent, model.OPTIMIZED])
     target = tmp_path / "out.json"
-    assert command.breakdown(quick=True, device="cpu", json_file=target)
+    assert command.run(command.breakdown, quick=True, device="cpu", json_file=target)
     printed = capsys.readouterr().out
     assert "toy-joint: base, batch 3, image 32, 10 text tokens (7 valid on average), float32" in printed
     assert FUSED in printed
@@ -293,7 +293,7 @@ def test_an_interrupted_run_keeps_what_it_had(tmp_path, monkeypatch):
 
     monkeypatch.setattr(breakdown, "run_case", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        command.breakdown(quick=True, device="cpu", json_file=tmp_path / "out.json")
+        command.run(command.breakdown, quick=True, device="cpu", json_file=tmp_path / "out.json")
     kept = json.loads((tmp_path / "out.json").read_text())
     assert kept["complete"] is False
     assert [result["case"]["name"] for result in kept["results"]] == ["toy-joint"]

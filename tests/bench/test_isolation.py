@@ -139,7 +139,7 @@ def test_a_provider_that_aborts_does_not_take_the_run_with_it(crashing, tmp_path
     monkeypatch.setattr(command, "select_op_cases", lambda *arguments, **options: [CASE])
     monkeypatch.setattr(command, "select_providers", lambda *arguments, **options: taking_part)
     monkeypatch.setattr(command, "measure_roofs", lambda device, dtypes: Roofs(1e10, {torch.float32: 1e11}))
-    assert command.ops(rounds=6, device="cpu", json_file=target)
+    assert command.run(command.ops, rounds=6, device="cpu", json_file=target)
     assert "did not run: died with SIGABRT" in capsys.readouterr().out
     kept = {p["name"]: p for p in json.loads(target.read_text())["results"][0]["providers"]}
     assert kept["crashing"]["failure"] == "died with SIGABRT"

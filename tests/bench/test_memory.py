@@ -170,7 +170,7 @@ def test_defaults_come_back():
 
 def test_command(tmp_path, capsys, monkeypatch):
     target = tmp_path / "memory.json"
-    assert command.memory(json_file=target)
+    assert command.run(command.memory, json_file=target)
     printed = capsys.readouterr().out
     for words in ("base@480", "large@768", "901 + 64", "2305 + 64", "MB"):
         assert words in printed
@@ -186,4 +186,4 @@ def test_command(tmp_path, capsys, monkeypatch):
     assert set(kept["results"][0]["ours"]) == set(kept["results"][0]["public"]) == {"kept", "peak"}
     monkeypatch.setattr(command, "find_spec", lambda name: None)
     with pytest.raises(ModuleNotFoundError, match="triton is not installed"):
-        command.memory()
+        command.run(command.memory)

@@ -188,7 +188,7 @@ class TestMemory:
     def test_a_case_that_does_not_fit_is_skipped_with_the_figure(self, monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(model, "free_memory", lambda device: 2**20)
         monkeypatch.setattr(model, "_weights", lambda *arguments: pytest.fail("weights were made"))
-        assert command.model(rounds=6, device="cpu", json_file=tmp_path / "out.json")
+        assert command.run(command.model, rounds=6, device="cpu", json_file=tmp_path / "out.json")
         assert "skipped: it may need 0.0 GiB, 0.0 GiB are free" in capsys.readouterr().out
         (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
         assert result["skipped"].startswith("it may need")
@@ -224,7 +224,7 @@ class TestMemory:
 
 def test_command_prints_and_keeps_everything(tmp_path, capsys):
     target = tmp_path / "out.json"
-    assert command.model(rounds=6, device="cpu", json_file=target)
+    assert command.run(command.model, rounds=6, device="cpu", json_file=target)
     printed = capsys.readouterr().out
     assert "toy-joint: base, batch 3, image 32, 10 text tokens (7 valid on average), float32" in printed
     assert "beit3_fast" in printed
@@ -288,7 +288,7 @@ def test_command_prints_and_keeps_everything(tmp_path, capsys):
 def test_command_refuses_a_speed_for_a_wrong_result(change, tmp_path, capsys, monkeypatch):
     spoilt = wrong("beit3_fast", change)
     monkeypatch.setattr(model, "providers", lambda: [model.REFERENCE, spoilt])
-    assert not command.model(rounds=6, device="cpu", json_file=tmp_path / "out.json")
+    assert not command.run(command.model, rounds=6, device="cpu", json_file=tmp_path / "out.json")
     assert "FAILED: maximum error" in capsys.readouterr().out
     _, broken = json.loads((tmp_path / "out.json").read_text())["results"][0]["providers"]
     assert broken["parity"] == "failed"
@@ -309,7 +309,7 @@ def test_an_interrupted_run_keeps_what_it_had(tmp_path, monkeypatch):
 
     monkeypatch.setattr(model, "run_case", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        command.model(rounds=6, device="cpu", json_file=tmp_path / "out.json")
+        command.run(command.model, rounds=6, device="cpu", json_file=tmp_path / "out.json")
     kept = json.loads((tmp_path / "out.json").read_text())
     assert kept["complete"] is False
     assert [result["case"]["name"] for result in kept["results"]] == ["toy-joint"]
@@ -326,13 +326,13 @@ def test_an_interrupted_run_keeps_what_it_had(tmp_path, monkeypatch):
 def test_bad_options_stop_before_any_work(options, message, monkeypatch):
     monkeypatch.setattr(model, "run_case", lambda *arguments, **options: pytest.fail("work was done"))
     with pytest.raises(ValueError, match=message):
-        command.model(**{"device": "cpu", **options})
+        command.run(command.model, **{"device": "cpu", **options})
 
 
 def test_cuda_is_refused_without_a_gpu(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(ValueError, match="device cuda is not available"):
-        command.model(device="cuda")
+        command.run(command.model, device="cuda")
 
 
 class TestCases:

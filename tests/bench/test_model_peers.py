@@ -231,7 +231,7 @@ class TestSelection:
         with pytest.raises(ValueError, match="provider 'openvinno' is unknown; did you mean openvino"):
             model_tasks.check_providers(["openvinno"])
         with pytest.raises(ValueError, match="provider 'tensorflow' is unknown"):
-            command.model(device="cpu", providers=["tensorflow"])
+            command.run(command.model, device="cpu", providers=["tensorflow"])
         model_tasks.check_providers([*PEERS, "public loop", "reference, compiled"])
 
 
@@ -239,7 +239,7 @@ def test_the_command_lists_whoever_is_missing(monkeypatch, tmp_path, capsys):
     monkeypatch.setattr(command, "select", lambda names, **options: [CASE])
     monkeypatch.setattr(model_peers, "find_spec", lambda package: None)
     target = tmp_path / "out.json"
-    assert command.model(rounds=6, device="cpu", json_file=target, providers=["public", *ENGINES])
+    assert command.run(command.model, rounds=6, device="cpu", json_file=target, providers=["public", *ENGINES])
     printed = capsys.readouterr().out
     kept = {p["name"]: p for p in json.loads(target.read_text())["results"][0]["providers"]}
     for name in ("public", *ENGINES):

@@ -231,5 +231,5 @@ def test_without_the_public_model_captioning_is_skipped(monkeypatch, capsys):
     monkeypatch.setattr(captioning, "find_spec", lambda name: None)
     monkeypatch.setattr(command, "select", lambda names, **options: [CAPTIONS])
     monkeypatch.setattr(command, "measure_roofs", lambda device, dtypes: ROOFS)
-    assert command.model(device="cpu", rounds=6)
+    assert command.run(command.model, device="cpu", rounds=6)
     assert "skipped: beit3-gml is not installed" in capsys.readouterr().out

@@ -617,7 +617,7 @@ def toy_command(monkeypatch):
 
 def test_command_prints_and_keeps_everything(toy_command, tmp_path, capsys):
     target = tmp_path / "out.json"
-    assert command.ops(quick=True, device="cpu", json_file=target)
+    assert command.run(command.ops, quick=True, device="cpu", json_file=target)
     printed = capsys.readouterr().out
     for words in (
         "measured roofs: memory 10 GB/s; matrix products 100 GFLOP/s in float32, 200 GFLOP/s in bfloat16",
@@ -631,7 +631,7 @@ def test_command_prints_and_keeps_everything(toy_command, tmp_path, capsys):
 
     kept = json.loads(target.read_text())
     assert (kept["schema"], kept["kind"], kept["complete"]) == (1, "ops", True)
-    assert kept["settings"] == {"device": "cpu", "rounds": 24}
+    assert kept["settings"] == {"device": "cpu", "rounds": 20}
     assert kept["machine"]["torch"] == torch.__version__
     assert kept["roofs"] == {
         "bandwidth_gb_s": 10,
@@ -674,9 +674,9 @@ def test_command_prints_and_keeps_everything(toy_command, tmp_path, capsys):
     assert set(attention["providers"][0]["errors"]) == {"qkv"}
     pairs = zip(reference["time_ms"]["rounds"], ours["time_ms"]["rounds"], strict=True)
     ratios = sorted(theirs / our for theirs, our in pairs)
-    assert reference["speedup"]["median"] == pytest.approx((ratios[11] + ratios[12]) / 2)
-    # of 24 values, the 7th from either end
-    assert (reference["speedup"]["low"], reference["speedup"]["high"]) == pytest.approx((ratios[6], ratios[-7]))
+    assert reference["speedup"]["median"] == pytest.approx((ratios[9] + ratios[10]) / 2)
+    # of 20 values, the 6th from either end
+    assert (reference["speedup"]["low"], reference["speedup"]["high"]) == pytest.approx((ratios[5], ratios[-6]))
     assert ours["roof"] == {"share": pytest.approx(13312 / 1e10 / ours["time_ms"]["median"] * 1e3), "bound": "memory"}
 
 
@@ -686,7 +686,7 @@ def test_command_fails_by_ours_and_not_by_a_peer(change, toy_command, tmp_path, 
 
     def run(*taking_part):
         monkeypatch.setattr(command, "select_providers", lambda names, quick: list(taking_part))
-        right = command.ops(rounds=6, device="cpu", json_file=target)
+        right = command.run(command.ops, rounds=6, device="cpu", json_file=target)
         assert "FAILED: maximum error" in " ".join(capsys.readouterr().out.split())
         return right, {p["name"]: p for p in json.loads(target.read_text())["results"][0]["providers"]}
 
@@ -738,10 +738,10 @@ def test_command_shows_what_raised_and_what_was_skipped(toy_command, tmp_path, c
 
     taking_part = [REFERENCE, OURS, spoilt(change, name="bad")]
     monkeypatch.setattr(command, "select_providers", lambda names, quick: taking_part)
-    assert command.ops(rounds=6, device="cpu")
+    assert command.run(command.ops, rounds=6, device="cpu")
     assert "did not run: RuntimeError: no such kernel" in capsys.readouterr().out
     monkeypatch.setattr(bench, "free_memory", lambda device: 1)
-    assert command.ops(rounds=6, device="cpu", json_file=tmp_path / "out.json")
+    assert command.run(command.ops, rounds=6, device="cpu", json_file=tmp_path / "out.json")
     assert "skipped: it may need" in capsys.readouterr().out
     assert "it may need" in json.loads((tmp_path / "out.json").read_text())["results"][0]["skipped"]
 
@@ -758,7 +758,7 @@ def test_an_interrupted_run_keeps_what_it_had(done, toy_command, tmp_path, capsy
 
     monkeypatch.setattr(bench, "run_case", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        command.ops(quick=True, device="cpu", json_file=target)
+        command.run(command.ops, quick=True, device="cpu", json_file=target)
     printed = capsys.readouterr().out
     assert f"interrupted: {done} of 2 cases done; they are in {target}\n" in printed
     kept = json.loads(target.read_text())
@@ -780,4 +780,4 @@ def test_an_interrupted_run_keeps_what_it_had(done, toy_command, tmp_path, capsy
 def test_bad_options_stop_before_any_work(options, message, monkeypatch):
     monkeypatch.setattr(command, "measure_roofs", lambda *arguments: pytest.fail("work was done"))
     with pytest.raises(ValueError, match=message):
-        command.ops(**{"device": "cpu", **options})
+        command.run(command.ops, **{"device": "cpu", **options})

@@ -231,7 +231,7 @@ def test_a_point_that_does_not_fit_is_skipped_with_the_figure(monkeypatch):
 
 def test_command_prints_and_keeps_everything(tmp_path, capsys):
     target = tmp_path / "out.json"
-    assert command.scaling(quick=True, rounds=6, device="cpu", json_file=target)
+    assert command.run(command.scaling, quick=True, rounds=6, device="cpu", json_file=target)
     printed = capsys.readouterr().out
     assert "batch: toy, images with captions, float32" in printed
     assert "time grows as FLOPs to the power of: reference " in printed
@@ -260,7 +260,7 @@ def test_command_prints_and_keeps_everything(tmp_path, capsys):
 def test_command_takes_curve_provider_and_dtype(tmp_path, capsys):
     target = tmp_path / "out.json"
     options = {"curves": ["text"], "providers": ["beit3_fast"], "dtype": "bfloat16"}
-    assert command.scaling(**options, rounds=6, device="cpu", json_file=target)
+    assert command.run(command.scaling, **options, rounds=6, device="cpu", json_file=target)
     (curve,) = json.loads(target.read_text())["curves"]
     assert (curve["name"], curve["dtype"]) == ("text", "bfloat16")
     names = [provider["name"] for provider in curve["points"][0]["providers"]]
@@ -273,7 +273,7 @@ def test_command_takes_curve_provider_and_dtype(tmp_path, capsys):
 def test_command_fails_for_a_wrong_result(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(scaling, "OURS", spoilt(torch.zeros_like))
     target = tmp_path / "out.json"
-    assert not command.scaling(curves=["text"], quick=True, rounds=6, device="cpu", json_file=target)
+    assert not command.run(command.scaling, curves=["text"], quick=True, rounds=6, device="cpu", json_file=target)
     assert "FAILED: maximum error" in capsys.readouterr().out
     (curve,) = json.loads(target.read_text())["curves"]
     broken = curve["points"][0]["providers"][1]
@@ -292,7 +292,7 @@ def test_an_interrupted_run_keeps_what_it_had(tmp_path, monkeypatch):
 
     monkeypatch.setattr(scaling, "run_point", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        command.scaling(curves=["batch"], rounds=6, device="cpu", json_file=tmp_path / "out.json")
+        command.run(command.scaling, curves=["batch"], rounds=6, device="cpu", json_file=tmp_path / "out.json")
     kept = json.loads((tmp_path / "out.json").read_text())
     assert kept["complete"] is False
     assert [point["x"] for point in kept["curves"][0]["points"]] == [1]
@@ -312,7 +312,7 @@ def test_an_interrupted_run_keeps_what_it_had(tmp_path, monkeypatch):
 def test_bad_options_stop_before_any_work(options, message, monkeypatch):
     monkeypatch.setattr(model, "run_case", lambda *arguments, **options: pytest.fail("work was done"))
     with pytest.raises(ValueError, match=message):
-        command.scaling(**{"device": "cpu", **options})
+        command.run(command.scaling, **{"device": "cpu", **options})
 
 
 class TestCurves:

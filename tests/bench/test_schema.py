@@ -76,7 +76,7 @@ def documents(tmp_path_factory):
         patch.setattr(command, "select_op_cases", lambda names, ops, quick: OP_CASES)
         patch.setattr(command, "measure_roofs", lambda device, dtypes: Roofs(1e9, dict.fromkeys(dtypes, 1e12)))
         patch.setattr(op_bench, "cold", warm)
-        assert command.everything(quick=True, device="cpu", json_file=target)
+        assert command.run(command.everything, quick=True, device="cpu", json_file=target)
     whole = json.loads(target.read_text())
     return {run["kind"]: run for run in whole["runs"]} | {"all": whole}
 
@@ -160,9 +160,9 @@ def test_what_went_wrong_fits(trouble, tmp_path, monkeypatch):
     if trouble == "interrupted":
         monkeypatch.setattr(op_bench, "run_case", lambda *arguments, **options: exec("raise KeyboardInterrupt"))
         with pytest.raises(KeyboardInterrupt):
-            command.ops(device="cpu", json_file=target)
+            command.run(command.ops, device="cpu", json_file=target)
     else:
-        assert command.ops(device="cpu", json_file=target) == (trouble == "no memory")
+        assert command.run(command.ops, device="cpu", json_file=target) == (trouble == "no memory")
     document = json.loads(target.read_text())
     check(document)
     if trouble in ("wrong", "raises"):

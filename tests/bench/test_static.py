@@ -409,7 +409,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(arguments, message):
 @pytest.mark.parametrize("missing", ["triton", "compiler"])
 def test_without_triton_one_line_says_so(missing, monkeypatch):
     if missing == "triton":
-        monkeypatch.setattr("beit3_fast.bench.command.find_spec", lambda name: None)
+        monkeypatch.setattr("beit3_fast.bench.compiled.find_spec", lambda name: None)
     else:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
     result = invoke()
