@@ -8,6 +8,7 @@ captioning, bring a setup of their own and run through the same :func:`run_case`
 from __future__ import annotations
 
 import contextlib
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -26,6 +27,9 @@ from .timing import Timing, stopwatch_for
 
 BASELINE = "reference"
 WARMUP = 1
+LONGEST = 600.0
+"""Seconds that all rounds of a peer may take, at most, for it to be timed: one that is hopelessly slow must not keep
+the others from their figures."""
 
 
 @dataclass(frozen=True)
@@ -269,7 +273,10 @@ def run_case(
     def say(message: str) -> None:
         progress(f"{case.name}: {message}")
 
-    needed, free = needed_memory(case, _config(case), len(taking_part)), free_memory(device)
+    say("who can take part")
+    missing = {provider.name: provider.missing(case, device) for provider in taking_part}
+    running = sum(reason is None for reason in missing.values())
+    needed, free = needed_memory(case, _config(case), running), free_memory(device)
     if free is not None and needed > free:
         baseline = getattr(make_setup, "baseline", BASELINE)
         reason = f"it may need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
@@ -285,23 +292,27 @@ def run_case(
     for provider in taking_part:
         dtype = provider.computes_in(case)
         about = Outcome(provider.name, provider.peer, dtype)
-        say(f"{provider.name}: can it take part?")
-        missing = provider.missing(case, device)
-        if missing is not None:
-            outcomes[provider.name] = replace(about, missing=missing)
+        if missing[provider.name] is not None:
+            outcomes[provider.name] = replace(about, missing=missing[provider.name])
             continue
         say(f"parity of {provider.name}")
         try:
             with torch.no_grad():
                 run = provider.build(setup)
             with setup.running():
-                errors = setup.errors(run(), truth)
+                start = time.perf_counter()
+                output = run()
+                slow = _too_slow(provider, time.perf_counter() - start, rounds)
+                errors = setup.errors(output, truth)
+                del output
+                if slow is not None:  # or it has compiled something
+                    slow = _too_slow(provider, stopwatch_for(device)(run) * 1e-9, rounds)
         except Exception as error:  # one provider that cannot run must not take the others with it
             outcomes[provider.name] = replace(about, failure=str(ProviderError(provider.name, error)))
             continue
         verdict = judge(errors, dtype, provider.judge, outcomes)
-        outcomes[provider.name] = replace(about, errors=errors, verdict=verdict)
-        if verdict.ok:
+        outcomes[provider.name] = replace(about, failure=slow, errors=errors, verdict=verdict)
+        if outcomes[provider.name].ok:
             runs[provider.name] = blaming(provider.name)(run)
         del run  # a wrong one's weights must not stay
     del truth
@@ -311,6 +322,14 @@ def run_case(
             runs, outcomes, rounds=rounds, warmup=WARMUP, stopwatch=stopwatch_for(device), say=say
         )
     return CaseResult(case, list(outcomes.values()), timing, setup.baseline, flops(case, setup.config))
+
+
+def _too_slow(provider: Provider, seconds: float, rounds: int) -> str | None:
+    """Why a provider whose run takes so long is not timed; None for ours and the reference, and for the others unless
+    all rounds would take more than ``LONGEST``."""
+    if not provider.peer or seconds * rounds <= LONGEST:
+        return None
+    return f"too slow: a run takes {seconds:.3g} s, and {rounds} rounds would take more than {LONGEST:.3g} s"
 
 
 def needed_memory(case: ModelCase, config: EncoderConfig, providers: int) -> int:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+import time
 from dataclasses import replace
 
 import beit3_fast.bench.command as command
@@ -172,6 +174,38 @@ def test_one_provider_that_crashes_does_not_take_the_others_with_it():
     assert set(result.timing.rounds) == {"reference", "beit3_fast"}
 
 
+@pytest.mark.parametrize("peer", [True, False])
+def test_a_hopelessly_slow_peer_is_not_timed(peer, monkeypatch):
+    """By its second run: the first may compile. Ours are timed however slow they are."""
+    monkeypatch.setattr(model, "LONGEST", 3.0)
+    calls = {"always": 0, "first": 0}
+
+    def sleepy(name):
+        def build(setup):
+            run = model.REFERENCE.build(setup)
+
+            def call():
+                calls[name] += 1
+                if name == "always" or calls[name] == 1:
+                    time.sleep(0.6)
+                return run()
+
+            return call
+
+        return model.Provider(name, build, peer=peer)
+
+    result = model.run_case(PADDED, [model.REFERENCE, sleepy("always"), sleepy("first")], device=CPU, rounds=6)
+    assert result.ok
+    always = result.outcomes[1]
+    if peer:
+        assert re.fullmatch(r"too slow: a run takes 0\.\d+ s, and 6 rounds would take more than 3 s", always.failure)
+        assert always.verdict.ok, "its parity is told all the same"
+        assert set(result.timing.rounds) == {"reference", "first"}
+        assert calls["always"] == 2
+    else:
+        assert set(result.timing.rounds) == {"reference", "always", "first"}
+
+
 def test_without_its_reference_nobody_is_judged():
     def crash(setup):
         raise RuntimeError("gone")
@@ -193,6 +227,13 @@ class TestMemory:
         (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
         assert result["skipped"].startswith("it may need")
         assert (result["ok"], result["providers"]) == (True, [])
+
+    def test_who_cannot_take_part_needs_none(self, monkeypatch):
+        needed = []
+        monkeypatch.setattr(model, "needed_memory", lambda case, config, providers: needed.append(providers) or 0)
+        absent = replace(model.AUTOCAST, name="absent", missing=lambda case, device: "not here", peer=True)
+        model.run_case(PADDED, [model.REFERENCE, absent, absent], device=CPU, rounds=6)
+        assert needed == [1]
 
     def test_where_the_system_does_not_tell_it_runs(self, monkeypatch):
         monkeypatch.setattr(model, "free_memory", lambda device: None)
