@@ -9,7 +9,7 @@ Its interval comes from the two runs' own, order-statistic intervals of the rati
 between (new low / old high) and (new high / old low) whenever both of these cover what they should. With n cases there
 are 2 n intervals, and each is taken at the confidence at which all of them hold at once with 95 %: for any verdict
 among the n to be chance has at most 5 %, however rounds scatter and cases depend on each other. That takes rounds (12
-are enough for 51 cases); with fewer the verdict says so.
+are enough for 51 cases; curves take 6 unless told otherwise); with fewer the verdict says so.
 
 Rounds show what happens within a run. What is the same throughout a run and another in the next one (a neighbour on
 the cores, a clock, where memory lies) they do not show, and it need not slow ours and the reference alike. The
