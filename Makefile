@@ -14,7 +14,7 @@ PIP := $(BIN)/python -m pip --disable-pip-version-check
 ORACLES := torchscale==0.3.0 fairscale==0.4.13 beit3-gml
 # A change of any of these installs again; other Python files are used where they lie.
 BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt beit3_fast/_version.py $(shell find csrc -type f)
-CXX_SOURCES := $(shell find csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
+CXX_SOURCES := $(shell find bench csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test sanitize gpu-check budget lint format build clean
