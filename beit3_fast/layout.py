@@ -267,7 +267,8 @@ class TokenLayout:
         Raises:
             ValueError: rows does not start with num_rows.
         """
-        self._check_rows(rows)
+        if rows.ndim == 0 or rows.shape[0] != self.num_rows:
+            raise ValueError(f"rows must have {self.num_rows} rows, got {tuple(rows.shape)}")
         vision, text = rows.split([self.num_vision_rows, self.num_text_rows])
         if self.text_lengths is None:  # rows past the last offset are unused: they must not reach the output
             used = torch.arange(self.num_vision_rows, self.num_rows, device=rows.device) < self.expert_offsets[-1]
@@ -280,36 +281,11 @@ class TokenLayout:
             dim=1,
         )
 
-    def _check_rows(self, rows: Tensor) -> None:
-        if rows.ndim == 0 or rows.shape[0] != self.num_rows:
-            raise ValueError(f"rows must have {self.num_rows} rows, got {tuple(rows.shape)}")
-
     def _scatter(self, rows: Tensor, source: Tensor | None, width: int) -> Tensor:
         if source is not None:
             flat = rows.new_zeros(self.batch_size * width, *rows.shape[1:])
             rows = flat.index_copy(0, source, rows)
         return rows.view(self.batch_size, width, *rows.shape[1:])
-
-    def first_rows(self, rows: Tensor, part: str) -> Tensor:
-        """(num_rows, D) -> (B, D): each sample's first vision or text token; zeros where the sample has none.
-
-        Args:
-            part: "vision" (the image's CLS token) or "text" (the text's BOS token).
-
-        Raises:
-            ValueError: another part, or rows of another count.
-        """
-        if part not in ("vision", "text"):
-            raise ValueError(f"part must be 'vision' or 'text', got {part!r}")
-        self._check_rows(rows)
-        start, length = (self.vision_start, self.vision_len) if part == "vision" else (self.text_start, self.text_len)
-        if self.num_rows == 0:
-            return rows.new_zeros(self.batch_size, *rows.shape[1:])
-        first = rows.index_select(0, start.clamp(max=self.num_rows - 1).long())
-        lengths = self.vision_lengths if part == "vision" else self.text_lengths
-        if lengths is not None and all(lengths):
-            return first
-        return torch.where((length > 0).unsqueeze(1), first, 0)
 
 
 def _right_padded_source(lengths: list[int], width: int) -> Tensor | None:

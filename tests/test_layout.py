@@ -95,14 +95,6 @@ def check(
     text_ids = ids[:, vision_width:]
     assert layout.pack_text(text_ids)[: used - num_vision].tolist() == [int(ids[slot]) for slot in slots[num_vision:]]
 
-    # first rows
-    for part, valid, shift in (("vision", valid_vision, 0), ("text", valid_text, vision_width)):
-        first = layout.first_rows(rows, part)
-        assert first.shape == (batch, 2)
-        for sample, places in enumerate(valid):
-            expected = dense[sample, shift + places[0]] if places else torch.zeros(2)
-            assert torch.equal(first[sample], expected), f"{part} of sample {sample}"
-
 
 # --- from_lengths -----------------------------------------------------------------------------------------------------
 
@@ -255,18 +247,11 @@ def test_unused_rows_get_no_gradient() -> None:
     layout = on_a_device(torch.tensor([[0, 1, 1], [0, 0, 1]], dtype=torch.bool), 2)
     rows = torch.randn(layout.num_rows, 3, requires_grad=True)
     used = int(layout.expert_offsets[-1])
-    (layout.unpack(rows).sum() + layout.first_rows(rows, "text").sum()).backward()
+    layout.unpack(rows).sum().backward()
     assert used == 7
     assert layout.num_rows == 10
     assert rows.grad[:used].all()
     assert not rows.grad[used:].count_nonzero()
-
-
-def test_first_rows_of_samples_without_tokens_get_no_gradient() -> None:
-    layout = TokenLayout.from_lengths([2, 0], [0, 3])
-    rows = torch.randn(5, 3, requires_grad=True)
-    (layout.first_rows(rows, "vision").sum() + 2 * layout.first_rows(rows, "text").sum()).backward()
-    assert rows.grad[:, 0].tolist() == [1, 0, 2, 0, 0]
 
 
 # --- nothing waits for the device -------------------------------------------------------------------------------------
@@ -327,7 +312,6 @@ def test_host_lengths_wait_for_nothing(device: str, vision: list[int], text: lis
     with _NoWait(device):
         rows = layout.pack(dense)
         assert layout.unpack(rows).shape == dense.shape
-        assert layout.first_rows(rows, "vision").shape == layout.first_rows(rows, "text").shape == (2, 3)
         layout.pack_text(dense[:, layout.vision_width :])
         for name in ("row_sample", "text_column", "shared_offsets", "fused_offsets", "text_len", "vision_start"):
             assert getattr(layout, name).device.type == device
@@ -342,7 +326,6 @@ def test_device_padding_waits_for_nothing(vision: int) -> None:
         rows = layout.pack(dense)
         assert rows.shape == (layout.num_rows, 3) == (2 * vision + 6, 3)
         assert layout.unpack(rows).shape == dense.shape
-        assert layout.first_rows(rows, "vision").shape == layout.first_rows(rows, "text").shape == (2, 3)
         for name in ("row_sample", "text_column", "shared_offsets", "fused_offsets"):
             assert getattr(layout, name).device.type == "meta"
 
@@ -429,15 +412,6 @@ def test_pack_and_unpack_refuse(method: str, argument: Tensor, name: str, text_l
     layout = TokenLayout.from_lengths([2, 3], text_lengths)  # width 7; 10 or 13 rows
     with refuses(ValueError, name):
         getattr(layout, method)(argument)
-
-
-def test_first_rows_refuses() -> None:
-    layout = TokenLayout.from_lengths([2, 3], [1, 4])
-    for part in ("image", "", None, 0):
-        with refuses(ValueError, "part"):
-            layout.first_rows(torch.zeros(10, 3), part)
-    with refuses(ValueError, "rows"):
-        layout.first_rows(torch.zeros(9, 3), "text")
 
 
 def test_is_frozen() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from ops.parity import RecordedOps, assert_exact, refuses
 from oracles import public
 from oracles.pairs import pair, relative_error
@@ -26,7 +27,10 @@ def every_row(
 ) -> tuple[Tensor, ...]:
     """``BEiT3.encode_first`` without pruning."""
     rows, layout = self.encode(image, text, *args, **kwargs)
-    return tuple(layout.first_rows(rows, part) for part in parts)
+    tokens = layout.unpack(rows if layout.num_rows else rows.detach())  # without rows no parameter gets a gradient
+    vision, text = tokens.split([layout.vision_width, layout.text_width], 1)
+    first = {"vision": F.pad(vision, (0, 0, 0, 1))[:, 0], "text": F.pad(text, (0, 0, 0, 1))[:, 0]}  # zeros where none
+    return tuple(first[part] for part in parts)
 
 
 def device_layout(padding: Tensor, *, vision_tokens: int = 0, device: Any = None) -> TokenLayout:
