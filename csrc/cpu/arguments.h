@@ -1,24 +1,16 @@
 // What the CPU ops do with their arguments before a kernel sees them.
 #pragma once
 
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
-
 #include <algorithm>
 #include <memory>
 #include <new>
-#include <string>
 #include <type_traits>
 #include <vector>
 
+#include "../tensors.h"
 #include "element.h"
 
 namespace beit3_fast::cpu {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 template <class T>
 constexpr ScalarType dtype_of = std::is_same_v<T, double>     ? ScalarType::Double
@@ -26,19 +18,9 @@ constexpr ScalarType dtype_of = std::is_same_v<T, double>     ? ScalarType::Doub
                                 : std::is_same_v<T, bfloat16> ? ScalarType::BFloat16
                                                               : ScalarType::Half;
 
-inline std::string shape_of(const Tensor& tensor) {
-  std::string text = "(";
-  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d > 0 ? ", " : "") + std::to_string(tensor.size(d));
-  return text + ")";
-}
-
 // Rows [offsets[e], offsets[e + 1]) are expert e's.
 inline std::vector<int64_t> read_offsets(const Tensor& expert_offsets, int64_t experts, int64_t rows) {
-  STD_TORCH_CHECK(expert_offsets.scalar_type() == ScalarType::Int, "expert_offsets must be int32, got ",
-                  expert_offsets.scalar_type());
-  STD_TORCH_CHECK(expert_offsets.dim() == 1 && expert_offsets.size(0) == experts + 1,
-                  "expert_offsets must have shape (", experts + 1, ",), one more than weight has experts, got ",
-                  shape_of(expert_offsets));
+  check_offsets(expert_offsets, experts);
   const Tensor contiguous = torch::stable::contiguous(expert_offsets);
   const int32_t* first = contiguous.const_data_ptr<int32_t>();
   std::vector<int64_t> offsets(first, first + contiguous.numel());
@@ -47,15 +29,6 @@ inline std::vector<int64_t> read_offsets(const Tensor& expert_offsets, int64_t e
   STD_TORCH_CHECK(offsets.back() <= rows, "expert_offsets must end at or before the ", rows, " rows of x, got ",
                   offsets.back());
   return offsets;
-}
-
-inline Tensor converted(const Tensor& tensor, ScalarType dtype) {
-  return tensor.scalar_type() == dtype ? tensor : torch::stable::to(tensor, dtype);
-}
-
-// Rows may lie apart from each other, the elements of one may not.
-inline Tensor with_dense_rows(const Tensor& tensor) {
-  return tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
 // Memory that no vector load at a multiple of its size splits between two cache lines.

@@ -3,32 +3,21 @@
 
 #include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/headeronly/core/ScalarType.h>
-#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <initializer_list>
 #include <optional>
-#include <string>
 #include <tuple>
 #include <utility>
 
+#include "../tensors.h"
 #include "ops.h"
 
 namespace beit3_fast::cuda {
 namespace {
 
-using torch::headeronly::ScalarType;
-
 constexpr int64_t most_columns = int64_t{1} << 30;
 constexpr int64_t most_experts = 65535;
-
-std::string shape_of(const Tensor& tensor) {
-  std::string text = "(";
-  for (int64_t d = 0; d < tensor.dim(); ++d) text += (d > 0 ? ", " : "") + std::to_string(tensor.size(d));
-  return text + ")";
-}
 
 DType dtype_of(const Tensor& tensor, const char* name) {
   switch (tensor.scalar_type()) {
@@ -81,27 +70,14 @@ void check_parameters(const Tensor& x, const char* x_name, const Tensor& weight,
   STD_TORCH_CHECK(weight.size(0) <= most_experts, "weight must be of at most ", most_experts, " experts, got ",
                   weight.size(0));
   check_device(weight, "weight", x, x_name);
-  STD_TORCH_CHECK(expert_offsets.scalar_type() == ScalarType::Int, "expert_offsets must be int32, got ",
-                  expert_offsets.scalar_type());
-  STD_TORCH_CHECK(expert_offsets.dim() == 1 && expert_offsets.size(0) == weight.size(0) + 1,
-                  "expert_offsets must have shape (", weight.size(0) + 1, ",), one more than weight has experts, got ",
-                  shape_of(expert_offsets));
+  check_offsets(expert_offsets, weight.size(0));
   check_device(expert_offsets, "expert_offsets", x, x_name);
-}
-
-Tensor converted(const Tensor& tensor, DType dtype) {
-  return tensor.scalar_type() == scalar_of(dtype) ? tensor : torch::stable::to(tensor, scalar_of(dtype));
-}
-
-// Rows may lie apart from each other, the elements of one may not.
-Tensor with_dense_rows(const Tensor& tensor) {
-  return tensor.size(1) <= 1 || tensor.stride(1) == 1 ? tensor : torch::stable::contiguous(tensor);
 }
 
 // Kernels in fp32 do not read fp64 parameters.
 Tensor readable(const Tensor& parameter, DType dtype) {
   const bool narrow = dtype != DType::float64 && parameter.scalar_type() == ScalarType::Double;
-  return torch::stable::contiguous(narrow ? converted(parameter, DType::float32) : parameter);
+  return torch::stable::contiguous(narrow ? converted(parameter, ScalarType::Float) : parameter);
 }
 
 // Whether `vector` elements from any multiple of `vector` columns on, 16 bytes at most, are one aligned access.
@@ -167,9 +143,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> layer_norm(const Tensor& x_given,
   if (residual) {
     dtype = promote(dtype, dtype_of(*residual, "residual"));
     if (x.scalar_type() == scalar_of(dtype)) std::swap(x, *residual);
-    residual = with_dense_rows(converted(*residual, dtype));
+    residual = with_dense_rows(converted(*residual, scalar_of(dtype)));
   }
-  if (dtype == DType::float64) x = converted(x, dtype);
+  if (dtype == DType::float64) x = converted(x, ScalarType::Double);
   x = with_dense_rows(x);
   const Tensor weight = readable(weight_given, dtype);
   const Tensor bias = readable(bias_given, dtype);
@@ -237,9 +213,9 @@ std::tuple<Tensor, Tensor, Tensor> layer_norm_backward(const Tensor& dy_given, c
   }
 
   const Tensor total = with_dense_rows(total_given);
-  const Tensor dy = with_dense_rows(converted(dy_given, dtype));
+  const Tensor dy = with_dense_rows(converted(dy_given, scalar_of(dtype)));
   std::optional<Tensor> dresidual;
-  if (dresidual_given) dresidual = with_dense_rows(converted(*dresidual_given, dtype));
+  if (dresidual_given) dresidual = with_dense_rows(converted(*dresidual_given, scalar_of(dtype)));
   const Tensor weight = readable(weight_given, dtype);
   const Tensor offsets = torch::stable::contiguous(expert_offsets);
   const Tensor mean = torch::stable::contiguous(mean_given);
