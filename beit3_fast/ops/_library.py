@@ -25,7 +25,8 @@ def define(
 ) -> torch._ops.OpOverload:
     """Define an op, its plain PyTorch implementation for all devices and its shapes (for torch.compile and export).
 
-    `triton`, with the same arguments, takes the calls whose first tensor :func:`._triton.serves`.
+    `triton`, with the same arguments, takes the calls whose first tensor :func:`._triton.serves`. All three get the
+    schema's arguments by position: what only passes them on may take ``*args``.
     """
     name = schema.split("(", 1)[0]
     _LIBRARY.define(schema, tags=torch.Tag.pt2_compliant_tag)
@@ -39,6 +40,21 @@ def define(
     _LIBRARY.impl(name, implementation, "CompositeExplicitAutograd")
     torch.library.register_fake(f"beit3_fast::{name}", fake, lib=_LIBRARY)
     return getattr(torch.ops.beit3_fast, name).default
+
+
+def define_compiled(schema: str, plain: Callable[..., Any], fake: Callable[..., Any]) -> Callable[..., Any]:
+    """Define an op that the CPU library compiles; on other devices, and where there is no such library, it is `plain`.
+
+    Returns:
+        The op, but `plain` where a tensor is of fp64, which the library does not have.
+    """
+    op = define(schema, plain, fake)
+
+    def compiled(*args: Any) -> Any:
+        in_double = torch.float64 in [arg.dtype for arg in args if isinstance(arg, Tensor)]
+        return (plain if in_double else op)(*args)
+
+    return compiled
 
 
 def differentiate(op: torch._ops.OpOverload, setup: Callable[..., None], backward: Callable[..., Any]) -> None:

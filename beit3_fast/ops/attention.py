@@ -174,13 +174,6 @@ def _plain_forward(
     return out.flatten(1), lse
 
 
-def _forward(
-    qkv: Tensor, layout_segments: Tensor, forbidden: Tensor | None, mask: str, scale: float, max_length: int, save: bool
-) -> tuple[Tensor, Tensor]:
-    forward = _plain_forward if qkv.dtype == torch.float64 else _attention_cpu
-    return forward(qkv, layout_segments, forbidden, mask, scale, max_length, save)
-
-
 def _fake(
     qkv: Tensor, layout_segments: Tensor, forbidden: Tensor | None, mask: str, scale: float, max_length: int, save: bool
 ) -> tuple[Tensor, Tensor]:
@@ -215,32 +208,7 @@ def _plain_backward(
     return dqkv
 
 
-def _backward_forward(
-    dout: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    layout_segments: Tensor,
-    forbidden: Tensor | None,
-    mask: str,
-    scale: float,
-    max_length: int,
-) -> Tensor:
-    backward = _plain_backward if qkv.dtype == torch.float64 else _attention_cpu_backward
-    return backward(dout, qkv, out, lse, layout_segments, forbidden, mask, scale, max_length)
-
-
-def _backward_fake(
-    dout: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    layout_segments: Tensor,
-    forbidden: Tensor | None,
-    mask: str,
-    scale: float,
-    max_length: int,
-) -> Tensor:
+def _backward_fake(dout: Tensor, qkv: Tensor, *_: Any) -> Tensor:
     return qkv.new_empty(qkv.shape)
 
 
@@ -252,71 +220,39 @@ def _has_kernel(qkv: Tensor, forbidden: Tensor | None) -> bool:
 
 
 def _triton_forward(
-    qkv: Tensor, layout_segments: Tensor, forbidden: Tensor | None, mask: str, scale: float, max_length: int, save: bool
+    qkv: Tensor, layout_segments: Tensor, forbidden: Tensor | None, *args: Any
 ) -> tuple[Tensor, Tensor]:
     from ..kernels import attention as kernels
 
     if not _has_kernel(qkv, forbidden):
-        return _forward(qkv, layout_segments, forbidden, mask, scale, max_length, save)
-    return kernels.forward(
-        qkv.contiguous(), layout_segments.contiguous(), mask, scale, max_length, save, precision=precision()
-    )
+        return _compiled(qkv, layout_segments, forbidden, *args)
+    return kernels.forward(qkv.contiguous(), layout_segments.contiguous(), *args, precision=precision())
 
 
 def _triton_backward(
-    dout: Tensor,
-    qkv: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    layout_segments: Tensor,
-    forbidden: Tensor | None,
-    mask: str,
-    scale: float,
-    max_length: int,
+    dout: Tensor, qkv: Tensor, out: Tensor, lse: Tensor, layout_segments: Tensor, forbidden: Tensor | None, *args: Any
 ) -> Tensor:
     from ..kernels import attention as kernels
 
     if not _has_kernel(qkv, forbidden):
-        return _backward_forward(dout, qkv, out, lse, layout_segments, forbidden, mask, scale, max_length)
-    return kernels.backward(
-        dout.contiguous(),
-        qkv.contiguous(),
-        out,
-        lse,
-        layout_segments.contiguous(),
-        mask,
-        scale,
-        max_length,
-        precision=precision(),
-    )
+        return _compiled_backward(dout, qkv, out, lse, layout_segments, forbidden, *args)
+    tensors = (dout.contiguous(), qkv.contiguous(), out, lse, layout_segments.contiguous())
+    return kernels.backward(*tensors, *args, precision=precision())
 
 
-# What the CPU library compiles. On other devices, and where there is no such library, it is plain PyTorch.
-_attention_cpu = _library.define(
-    "attention_cpu(Tensor qkv, Tensor segments, Tensor? forbidden, str mask, float scale, int max_length, bool save)"
-    " -> (Tensor out, Tensor lse)",
-    _plain_forward,
-    _fake,
+_FORWARD = (
+    "(Tensor qkv, Tensor segments, Tensor? forbidden, str mask, float scale, int max_length, bool save)"
+    " -> (Tensor out, Tensor lse)"
 )
-_attention_cpu_backward = _library.define(
-    "attention_cpu_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor segments, Tensor? forbidden,"
-    " str mask, float scale, int max_length) -> Tensor dqkv",
-    _plain_backward,
-    _backward_fake,
+_BACKWARD = (
+    "(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor segments, Tensor? forbidden, str mask, float scale,"
+    " int max_length) -> Tensor dqkv"
 )
-_attention = _library.define(
-    "attention(Tensor qkv, Tensor segments, Tensor? forbidden, str mask, float scale, int max_length, bool save)"
-    " -> (Tensor out, Tensor lse)",
-    _forward,
-    _fake,
-    _triton_forward,
-)
+_compiled = _library.define_compiled("attention_cpu" + _FORWARD, _plain_forward, _fake)
+_compiled_backward = _library.define_compiled("attention_cpu_backward" + _BACKWARD, _plain_backward, _backward_fake)
+_attention = _library.define("attention" + _FORWARD, _compiled, _fake, _triton_forward)
 _attention_backward = _library.define(
-    "attention_backward(Tensor dout, Tensor qkv, Tensor out, Tensor lse, Tensor segments, Tensor? forbidden, str mask,"
-    " float scale, int max_length) -> Tensor dqkv",
-    _backward_forward,
-    _backward_fake,
-    _triton_backward,
+    "attention_backward" + _BACKWARD, _compiled_backward, _backward_fake, _triton_backward
 )
 
 

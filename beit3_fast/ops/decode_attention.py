@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -135,50 +137,17 @@ def _forward(
     return torch.cat(out)
 
 
-def _compiled(
-    qkv: Tensor,
-    prefix: Tensor,
-    layout_segments: Tensor,
-    words: Tensor,
-    history: Tensor,
-    length: int,
-    scale: float,
-    max_prefix: int,
-) -> Tensor:
-    """The CPU library's kernel where there is one and it has the dtype, otherwise plain PyTorch."""
-    forward = _forward if qkv.dtype == torch.float64 else _decode_attention_cpu
-    return forward(qkv, prefix, layout_segments, words, history, length, scale, max_prefix)
-
-
-def _fake(
-    qkv: Tensor,
-    prefix: Tensor,
-    layout_segments: Tensor,
-    words: Tensor,
-    history: Tensor,
-    length: int,
-    scale: float,
-    max_prefix: int,
-) -> Tensor:
+def _fake(qkv: Tensor, *_: Any) -> Tensor:
     return qkv.new_empty(qkv.shape[0], qkv.shape[2] * qkv.shape[3])
 
 
-def _triton_forward(
-    qkv: Tensor,
-    prefix: Tensor,
-    layout_segments: Tensor,
-    words: Tensor,
-    history: Tensor,
-    length: int,
-    scale: float,
-    max_prefix: int,
-) -> Tensor:
+def _triton_forward(qkv: Tensor, *args: Any) -> Tensor:
     from ..kernels import decode_attention as kernels
 
-    arguments = (qkv, prefix, layout_segments, words, history)
     if qkv.shape[3] > kernels.MAX_HEAD_DIM or torch.version.hip is not None:
-        return _compiled(*arguments, length, scale, max_prefix)
-    contiguous = (tensor.contiguous() for tensor in arguments)
+        return _compiled(qkv, *args)
+    *tensors, length, scale, max_prefix = args
+    contiguous = (tensor.contiguous() for tensor in (qkv, *tensors))
     return kernels.forward(*contiguous, length, scale, max_prefix, precision=precision())
 
 
@@ -186,7 +155,6 @@ _SIGNATURE = (
     "(Tensor qkv, Tensor prefix, Tensor segments, Tensor words, Tensor history, SymInt length, float scale,"
     " int max_prefix) -> Tensor"
 )
+_compiled = _library.define_compiled("decode_attention_cpu" + _SIGNATURE, _forward, _fake)
 _decode_attention = _library.define("decode_attention" + _SIGNATURE, _compiled, _fake, _triton_forward)
-# What the CPU library compiles. On other devices, and where there is no such library, it is plain PyTorch.
-_decode_attention_cpu = _library.define("decode_attention_cpu" + _SIGNATURE, _forward, _fake)
 _library.autocast(_decode_attention, ("qkv", "prefix", "words"))

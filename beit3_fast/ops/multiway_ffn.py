@@ -251,23 +251,10 @@ def _backward_forward(
 
 
 def _backward_fake(
-    dy: Tensor,
-    x: Tensor,
-    fc1_weight: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    fc2_weight: Tensor,
-    expert_offsets: Tensor,
-    row_index: Tensor | None,
-    pre: Tensor,
-    mean: Tensor,
-    rstd: Tensor,
-    branch: Tensor,
-    sums: Tensor,
-    eps: float,
-    needs_x: bool,
-    needs_parameters: bool,
+    dy: Tensor, x: Tensor, fc1_weight: Tensor, norm_weight: Tensor | None, _: Any, fc2_weight: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    needs_x, needs_parameters = args[-2:]
+
     def parameter(shape: torch.Size) -> Tensor:
         return x.new_empty(shape if needs_parameters else 0)
 

@@ -169,22 +169,6 @@ def _plain_forward(
     return out, pre if save and use_gelu else empty(x)
 
 
-def compiled_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    expert_offsets: Tensor,
-    use_gelu: bool,
-    residual: Tensor | None,
-    row_index: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    """The CPU library's linear layer where there is one and it has the dtype, otherwise plain PyTorch."""
-    in_double = torch.float64 in (x.dtype, x.dtype if residual is None else residual.dtype)
-    forward = _plain_forward if in_double else _multiway_linear_cpu
-    return forward(x, weight, bias, expert_offsets, use_gelu, residual, row_index, save)
-
-
 def _fake(
     x: Tensor,
     weight: Tensor,
@@ -219,122 +203,48 @@ def _plain_backward(
     return dx, dweight, dbias
 
 
-def compiled_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    expert_offsets: Tensor,
-    pre: Tensor | None,
-    row_index: Tensor | None,
-    needs_x: bool,
-    needs_parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The CPU library's gradients where there is one and it has the dtype, otherwise plain PyTorch."""
-    backward = _plain_backward if x.dtype == torch.float64 else _multiway_linear_cpu_backward
-    return backward(dy, x, weight, expert_offsets, pre, row_index, needs_x, needs_parameters)
-
-
-def _backward_fake(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    expert_offsets: Tensor,
-    pre: Tensor | None,
-    row_index: Tensor | None,
-    needs_x: bool,
-    needs_parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _backward_fake(dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
+    needs_x, needs_parameters = args[-2:]
     dx = x.new_empty(x.shape if needs_x else 0)
     dweight = weight.new_empty(weight.shape if needs_parameters else 0)
     return dx, dweight, weight.new_empty(weight.shape[:2] if needs_parameters else 0)
 
 
-def _triton_forward(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    expert_offsets: Tensor,
-    use_gelu: bool,
-    residual: Tensor | None,
-    row_index: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
+def _triton_forward(x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor]:
     from ..kernels import multiway_linear as kernels
 
     num_experts, out_width, in_width = weight.shape
     choice = choose("multiway_linear", x.device, x.dtype, x.shape[0], num_experts, (in_width, out_width))
     if not choice.use_triton:
-        return compiled_forward(x, weight, bias, expert_offsets, use_gelu, residual, row_index, save)
-    return kernels.forward(
-        x,
-        weight,
-        bias,
-        expert_offsets,
-        use_gelu,
-        residual,
-        row_index,
-        save,
-        precision=precision(),
-        configs=choice.configs,
-    )
+        return compiled_forward(x, weight, *args)
+    return kernels.forward(x, weight, *args, precision=precision(), configs=choice.configs)
 
 
-def _triton_backward(
-    dy: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    expert_offsets: Tensor,
-    pre: Tensor | None,
-    row_index: Tensor | None,
-    needs_x: bool,
-    needs_parameters: bool,
-) -> tuple[Tensor, Tensor, Tensor]:
+def _triton_backward(dy: Tensor, x: Tensor, weight: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor]:
     from ..kernels import multiway_linear as kernels
 
     num_experts, out_width, in_width = weight.shape
     choice = choose("multiway_linear_backward", x.device, x.dtype, x.shape[0], num_experts, (in_width, out_width))
     if not choice.use_triton:
-        return compiled_backward(dy, x, weight, expert_offsets, pre, row_index, needs_x, needs_parameters)
-    return kernels.backward(
-        unit_stride(dy),
-        x,
-        weight,
-        expert_offsets,
-        pre,
-        row_index,
-        needs_x,
-        needs_parameters,
-        precision=precision(),
-        configs=choice.configs,
-    )
+        return compiled_backward(dy, x, weight, *args)
+    return kernels.backward(unit_stride(dy), x, weight, *args, precision=precision(), configs=choice.configs)
 
 
-_multiway_linear = _library.define(
-    "multiway_linear(Tensor x, Tensor weight, Tensor? bias, Tensor expert_offsets, bool gelu, Tensor? residual,"
-    " Tensor? row_index, bool save) -> (Tensor out, Tensor pre_activation)",
-    compiled_forward,
-    _fake,
-    _triton_forward,
+_FORWARD = (
+    "(Tensor x, Tensor weight, Tensor? bias, Tensor expert_offsets, bool gelu, Tensor? residual, Tensor? row_index,"
+    " bool save) -> (Tensor out, Tensor pre_activation)"
 )
+_BACKWARD = (
+    "(Tensor dy, Tensor x, Tensor weight, Tensor expert_offsets, Tensor? pre_activation, Tensor? row_index,"
+    " bool needs_x, bool needs_parameters) -> (Tensor dx, Tensor dweight, Tensor dbias)"
+)
+compiled_forward = _library.define_compiled("multiway_linear_cpu" + _FORWARD, _plain_forward, _fake)
+compiled_backward = _library.define_compiled(
+    "multiway_linear_cpu_backward" + _BACKWARD, _plain_backward, _backward_fake
+)
+_multiway_linear = _library.define("multiway_linear" + _FORWARD, compiled_forward, _fake, _triton_forward)
 _multiway_linear_backward = _library.define(
-    "multiway_linear_backward(Tensor dy, Tensor x, Tensor weight, Tensor expert_offsets, Tensor? pre_activation,"
-    " Tensor? row_index, bool needs_x, bool needs_parameters) -> (Tensor dx, Tensor dweight, Tensor dbias)",
-    compiled_backward,
-    _backward_fake,
-    _triton_backward,
-)
-# What the CPU library compiles. On other devices, and where there is no such library, it is plain PyTorch.
-_multiway_linear_cpu = _library.define(
-    "multiway_linear_cpu(Tensor x, Tensor weight, Tensor? bias, Tensor expert_offsets, bool gelu, Tensor? residual,"
-    " Tensor? row_index, bool save) -> (Tensor out, Tensor pre_activation)",
-    _plain_forward,
-    _fake,
-)
-_multiway_linear_cpu_backward = _library.define(
-    "multiway_linear_cpu_backward(Tensor dy, Tensor x, Tensor weight, Tensor expert_offsets, Tensor? pre_activation,"
-    " Tensor? row_index, bool needs_x, bool needs_parameters) -> (Tensor dx, Tensor dweight, Tensor dbias)",
-    _plain_backward,
-    _backward_fake,
+    "multiway_linear_backward" + _BACKWARD, compiled_backward, _backward_fake, _triton_backward
 )
 
 
