@@ -18,7 +18,6 @@ from ._library import (
     check_row_index,
     check_rows,
     check_same_dtype,
-    check_tensors,
     empty,
     segments,
     wide,
@@ -69,22 +68,12 @@ def multiway_ffn(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, named in the message.
     """
     check_rows(x)
-    check_tensors(fc1_weight=fc1_weight)
-    check_eps(eps)
-    num_experts, hidden = fc1_weight.shape[:2] if fc1_weight.ndim == 3 else (0, 0)
     width = x.shape[1]
     check_parameter("fc1_weight", fc1_weight, (None, None, width), x)
-    check_parameter("fc1_bias", fc1_bias, (num_experts, hidden), x)
-    if (norm_weight is None) != (norm_bias is None):
-        raise ValueError("norm_weight and norm_bias must both be given or both be None")
-    if norm_weight is not None and norm_bias is not None:
-        check_parameter("norm_weight", norm_weight, (num_experts, hidden), x)
-        check_parameter("norm_bias", norm_bias, (num_experts, hidden), x)
+    num_experts, hidden = fc1_weight.shape[:2]
     check_parameter("fc2_weight", fc2_weight, (num_experts, width, hidden), x)
-    check_parameter("fc2_bias", fc2_bias, (num_experts, width), x)
-    check_same_dtype(x, fc1_weight=fc1_weight, fc1_bias=fc1_bias, fc2_weight=fc2_weight, fc2_bias=fc2_bias)
-    check_offsets(expert_offsets, num_experts, x)
-    check_residual(residual, (x.shape[0], width), x)
+    check_same_dtype(x, fc1_weight=fc1_weight, fc2_weight=fc2_weight)
+    check_ffn(x, (num_experts, hidden), fc1_bias, norm_weight, norm_bias, fc2_bias, expert_offsets, residual, eps)
     check_row_index(row_index, x)
     if folded is not None:
         check_parameter("folded", folded, (2, num_experts, width), x)
@@ -95,6 +84,32 @@ def multiway_ffn(
         return multiway_ffn_reference(x, *parameters, expert_offsets, residual=residual, row_index=row_index, eps=eps)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
     return _multiway_ffn(x, *parameters, expert_offsets, residual, row_index, eps, None if save else folded, save)[0]
+
+
+def check_ffn(
+    x: Tensor,
+    fc1_shape: tuple[int, int],
+    fc1_bias: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    fc2_bias: Tensor,
+    expert_offsets: Tensor,
+    residual: Tensor | None,
+    eps: float,
+) -> None:
+    """What comes with weights (E, F, D) and (E, D, F), however they are stored; `fc1_shape` is (E, F)."""
+    num_experts, width = fc1_shape[0], x.shape[1]
+    check_eps(eps)
+    check_parameter("fc1_bias", fc1_bias, fc1_shape, x)
+    if (norm_weight is None) != (norm_bias is None):
+        raise ValueError("norm_weight and norm_bias must both be given or both be None")
+    if norm_weight is not None and norm_bias is not None:
+        check_parameter("norm_weight", norm_weight, fc1_shape, x)
+        check_parameter("norm_bias", norm_bias, fc1_shape, x)
+    check_parameter("fc2_bias", fc2_bias, (num_experts, width), x)
+    check_same_dtype(x, fc1_bias=fc1_bias, fc2_bias=fc2_bias)
+    check_offsets(expert_offsets, num_experts, x)
+    check_residual(residual, (x.shape[0], width), x)
 
 
 def fold_norm(norm_weight: Tensor, norm_bias: Tensor, fc2_weight: Tensor, fc2_bias: Tensor) -> Tensor:

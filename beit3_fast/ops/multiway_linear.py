@@ -18,7 +18,6 @@ from ._library import (
     check_row_index,
     check_rows,
     check_same_dtype,
-    check_tensors,
     empty,
     segments,
     wide,
@@ -58,17 +57,10 @@ def multiway_linear(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, named in the message.
     """
     check_rows(x)
-    check_tensors(weight=weight)
-    num_experts, width = weight.shape[:2] if weight.ndim == 3 else (0, 0)
     check_parameter("weight", weight, (None, None, x.shape[1]), x)
-    if bias is not None:
-        check_parameter("bias", bias, (num_experts, width), x)
-    check_same_dtype(x, weight=weight, bias=bias)
-    check_offsets(expert_offsets, num_experts, x)
-    check_residual(residual, (x.shape[0], width), x)
+    check_same_dtype(x, weight=weight)
+    check_linear(x, weight.shape[:2], bias, expert_offsets, activation, residual)
     check_row_index(row_index, x)
-    if activation not in (None, "gelu"):
-        raise ValueError(f"activation must be None or 'gelu', got {activation!r}")
     if current_backend() == "reference":
         return multiway_linear_reference(
             x, weight, bias, expert_offsets, activation=activation, residual=residual, row_index=row_index
@@ -80,6 +72,25 @@ def multiway_linear(
     )
     out, _ = _multiway_linear(x, weight, bias, expert_offsets, activation == "gelu", residual, row_index, save)
     return out
+
+
+def check_linear(
+    x: Tensor,
+    weight_shape: tuple[int, ...],
+    bias: Tensor | None,
+    expert_offsets: Tensor,
+    activation: str | None,
+    residual: Tensor | None,
+) -> None:
+    """What comes with a weight (E, O, I), however that is stored; `weight_shape` is (E, O)."""
+    num_experts, width = weight_shape
+    if bias is not None:
+        check_parameter("bias", bias, (num_experts, width), x)
+    check_same_dtype(x, bias=bias)
+    check_offsets(expert_offsets, num_experts, x)
+    check_residual(residual, (x.shape[0], width), x)
+    if activation not in (None, "gelu"):
+        raise ValueError(f"activation must be None or 'gelu', got {activation!r}")
 
 
 def multiway_linear_reference(

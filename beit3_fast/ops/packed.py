@@ -5,22 +5,17 @@ A linear layer and the feed-forward block; the same mathematics as :mod:`.multiw
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from ..backend import current_backend
 from . import _library
-from ._library import (
-    check_eps,
-    check_offsets,
-    check_parameter,
-    check_residual,
-    check_rows,
-    check_same_dtype,
-    check_tensors,
-)
+from ._library import check_parameter, check_rows, check_tensors
 from .layer_norm import _layer_norm
-from .multiway_linear import compiled_forward
+from .multiway_ffn import check_ffn
+from .multiway_linear import check_linear, compiled_forward
 
 PANEL = 64
 """Outputs that are stored together: ``widest_panel`` of csrc/cpu/linear.h."""
@@ -146,14 +141,8 @@ def packed_linear(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, named in the message.
     """
     x = _rows_for(x, weight, scales)
-    num_experts, width = _check_packed("weight", weight, scales, x, x.shape[1])
-    if bias is not None:
-        check_parameter("bias", bias, (num_experts, width), x)
-    check_same_dtype(x, bias=bias)
-    check_offsets(expert_offsets, num_experts, x)
-    check_residual(residual, (x.shape[0], width), x)
-    if activation not in (None, "gelu"):
-        raise ValueError(f"activation must be None or 'gelu', got {activation!r}")
+    shape = _check_packed("weight", weight, scales, x, x.shape[1])
+    check_linear(x, shape, bias, expert_offsets, activation, residual)
     return _packed_linear(x, weight, scales, bias, expert_offsets, activation == "gelu", residual)
 
 
@@ -186,36 +175,14 @@ def packed_ffn(
         TypeError, ValueError: an argument of the wrong type, shape, dtype or device, named in the message.
     """
     x = _rows_for(x, fc1_weight, fc1_scales)
-    check_eps(eps)
     width = x.shape[1]
     num_experts, hidden = _check_packed("fc1_weight", fc1_weight, fc1_scales, x, width)
-    check_parameter("fc1_bias", fc1_bias, (num_experts, hidden), x)
-    if (norm_weight is None) != (norm_bias is None):
-        raise ValueError("norm_weight and norm_bias must both be given or both be None")
-    if norm_weight is not None and norm_bias is not None:
-        check_parameter("norm_weight", norm_weight, (num_experts, hidden), x)
-        check_parameter("norm_bias", norm_bias, (num_experts, hidden), x)
     found = _check_packed("fc2_weight", fc2_weight, fc2_scales, x, hidden)
     if found != (num_experts, width):
         raise ValueError(f"fc2_weight must be packed for {num_experts} experts of {width} outputs, got {found}")
-    check_parameter("fc2_bias", fc2_bias, (num_experts, width), x)
-    check_same_dtype(x, fc1_bias=fc1_bias, fc2_bias=fc2_bias)
-    check_offsets(expert_offsets, num_experts, x)
-    check_residual(residual, (x.shape[0], width), x)
-    return _packed_ffn(
-        x,
-        fc1_weight,
-        fc1_scales,
-        fc1_bias,
-        norm_weight,
-        norm_bias,
-        fc2_weight,
-        fc2_scales,
-        fc2_bias,
-        expert_offsets,
-        residual,
-        eps,
-    )
+    check_ffn(x, (num_experts, hidden), fc1_bias, norm_weight, norm_bias, fc2_bias, expert_offsets, residual, eps)
+    fc1, norm, fc2 = (fc1_weight, fc1_scales, fc1_bias), (norm_weight, norm_bias), (fc2_weight, fc2_scales, fc2_bias)
+    return _packed_ffn(x, *fc1, *norm, *fc2, expert_offsets, residual, eps)
 
 
 def _rows_for(x: Tensor, weight: Tensor, scales: Tensor | None) -> Tensor:
@@ -254,15 +221,8 @@ def _plain_linear(
     return compiled_forward(x, unpacked, bias, expert_offsets, gelu, residual, None, False)[0]
 
 
-def _fake_linear(
-    x: Tensor,
-    weight: Tensor,
-    scales: Tensor | None,
-    bias: Tensor | None,
-    expert_offsets: Tensor,
-    gelu: bool,
-    residual: Tensor | None,
-) -> Tensor:
+def _fake_linear(x: Tensor, weight: Tensor, *args: Any) -> Tensor:
+    *_, residual = args
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     return x.new_empty((x.shape[0], weight.shape[1] * weight.shape[3]), dtype=dtype)
 
@@ -287,21 +247,8 @@ def _plain_ffn(
     return _plain_linear(hidden, fc2_weight, fc2_scales, fc2_bias, expert_offsets, False, residual)
 
 
-def _fake_ffn(
-    x: Tensor,
-    fc1_weight: Tensor,
-    fc1_scales: Tensor | None,
-    fc1_bias: Tensor,
-    norm_weight: Tensor | None,
-    norm_bias: Tensor | None,
-    fc2_weight: Tensor,
-    fc2_scales: Tensor | None,
-    fc2_bias: Tensor,
-    expert_offsets: Tensor,
-    residual: Tensor | None,
-    eps: float,
-) -> Tensor:
-    return _fake_linear(x, fc2_weight, fc2_scales, fc2_bias, expert_offsets, False, residual)
+def _fake_ffn(x: Tensor, *args: Any) -> Tensor:
+    return _fake_linear(x, *args[5:-1])  # from fc2_weight to residual
 
 
 _packed_linear = _library.define(
