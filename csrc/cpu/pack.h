@@ -166,7 +166,13 @@ void pack_columns(const Matrix<Word>& out, const Source& source, int64_t first, 
 template <class Word, class Source>
 void pack_pairs(const Matrix<Word>& out, const Source& source, int64_t first, int64_t count, int64_t padded,
                 int64_t width) {
+  constexpr int64_t ahead = 16;
   for (int64_t i = 0; i < padded; i += elements<Word>) {
+    // rows lie apart, so the processor fetches none of them ahead by itself
+    for (int64_t r = i + ahead; r < least(i + ahead + elements<Word>, count); ++r) {
+      const char* const row = reinterpret_cast<const char*>(source.row(first + r));
+      for (int64_t at = 0; at < width * static_cast<int64_t>(sizeof(*source.row(0))); at += 64) __builtin_prefetch(row + at);
+    }
     for (int64_t n = 0; n < width; n += lanes<float>) {
       Words<Word> words{};
       if (i < count) words_across(words, source, first + i, first + count, n, width);
