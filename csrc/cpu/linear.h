@@ -23,7 +23,7 @@ struct Product {
   RowSource a;  // C's rows are rows of a, or its columns if across
   RowSource b;  // C's columns are rows of b, or its columns if across
   bool a_across, b_across;
-  const void* panels;  // b as the multiply-adds take it, in panels of widest_panel columns; null: b is read
+  const void* panels;  // b as packed weights are stored, in panels of widest_panel columns; null: b is read
   const void* bias;    // of each column, of the operands' type; or null
   bool gelu;
   void* pre;             // what GELU is applied to, in the operands' type; or null
@@ -35,11 +35,8 @@ struct Product {
   // Of int8 panels, for each column: what a step is worth, and behind them all, the sums of the columns. null: no int8.
   const float* column_scales;
 
-  // C's rows as the multiply-adds take them, whole tiles of them, `packed_stride` words apart; null: a is read in
-  // place.
-  void* packed;
-  int64_t packed_stride;
-  float* row_scales;  // of int8: what a step is worth in each row
+  int64_t left_stride;  // words from row to row of a task's `left`
+  float* row_scales;    // of int8: what a step is worth in each row
 
   int64_t out_row(int64_t r) const { return (out_index == nullptr ? r : out_index[r]) * out_stride; }
 };
@@ -48,6 +45,7 @@ struct Product {
 struct ProductTask {
   const Product* product;
   int64_t row, rows, column, columns;
+  const void* left;  // its rows as the multiply-adds take them, whole tiles of them; null: a is read in place
 };
 
 // Up to this many rows, B is read where it lies: bringing it into panels would cost more than the products.
@@ -55,7 +53,7 @@ constexpr int64_t few_rows = 48;
 
 constexpr int64_t product_tile_rows = 6, widest_panel = 64, widest_vector = 16;  // of every instruction set
 
-inline int64_t packed_stride_of(int64_t words) { return (words + widest_vector - 1) / widest_vector * widest_vector; }
+inline int64_t left_stride_of(int64_t words) { return (words + widest_vector - 1) / widest_vector * widest_vector; }
 
 inline int64_t packed_rows_of(int64_t rows) {
   return (rows + product_tile_rows - 1) / product_tile_rows * product_tile_rows;
@@ -65,11 +63,11 @@ inline int64_t packed_rows_of(int64_t rows) {
 // second-level cache.
 constexpr int64_t depth_block = 1024;
 
-// Bytes of scratch that a task needs: a panel of b, the rows of a at its end, sums.
+// Bytes of scratch that a task needs: a panel of b (of whole pairs), the rows of a at its end, sums.
 inline int64_t product_scratch(int64_t rows, int64_t depth) {
-  const int64_t block = depth < depth_block ? depth : depth_block;
+  const int64_t block = depth < depth_block ? depth + depth % 2 : depth_block;
   const int64_t summed = depth > depth_block ? packed_rows_of(rows) : product_tile_rows;
-  return 4 * ((block + summed) * widest_panel + product_tile_rows * packed_stride_of(depth));
+  return 4 * ((block + summed) * widest_panel + product_tile_rows * left_stride_of(depth));
 }
 
 }  // namespace beit3_fast

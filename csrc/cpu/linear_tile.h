@@ -106,15 +106,45 @@ void multiply_few(const Matrix<Word>& a, const TypedRows<T>& b, int64_t column, 
   }
 }
 
-// Rows [row, row + rows) of C's left operand into p.packed.
+// Rows [row, row + rows) of C's left operand, for a task's `left`.
 template <class T>
-void pack_left(const Product& p, int64_t row, int64_t rows) {
+void pack_left(const Product& p, int64_t row, int64_t rows, void* left) {
   using Word = word_t<T>;
-  const Matrix<Word> left = rows_matrix(static_cast<Word*>(p.packed), p.packed_stride).from_row(row);
+  const Matrix<Word> out = rows_matrix(static_cast<Word*>(left), p.left_stride);
   if (p.a_across) {
-    pack_pair_columns(left, TypedRows<T>{p.a, row}, 0, p.depth, rows);
+    pack_pair_columns(out, TypedRows<T>{p.a, row}, 0, p.depth, rows);
   } else {
-    pack_rows(left, TypedRows<T>{p.a}, row, rows, rows, p.depth);
+    pack_rows(out, TypedRows<T>{p.a}, row, rows, rows, p.depth);
+  }
+}
+
+// Neighbours along the depth that packed weights keep together.
+template <class T>
+constexpr int64_t stored_together = std::is_same_v<T, bfloat16> ? 2
+                                    : std::is_same_v<T, int8_t> ? 4
+                                                                : 1;
+
+// `columns` of C's right operand, which lies across, into a panel as packed weights have it.
+template <class T>
+void pack_right(const Product& p, int64_t column, int64_t columns, void* panel) {
+  constexpr int64_t together = stored_together<T>;
+  using Line = std::conditional_t<together == 2, U32, F32>;  // of pairs, or of what a float holds
+  constexpr int64_t step = sizeof(Line) / sizeof(T) / together;
+  const TypedRows<T> source{p.b, column};
+  T* to = static_cast<T*>(panel);
+  for (int64_t k = 0; k < p.depth; k += together) {
+    for (int64_t n = 0; n < widest_panel; n += step, to += step * together) {
+      if constexpr (together == 2) {
+        U32 pairs;
+        words_across(pairs, source, k, p.depth, n, columns);
+        store_bytes(to, pairs);
+      } else {
+        std::memset(static_cast<void*>(to), 0, sizeof(Line));
+        const int64_t count = least(columns - n, step);
+        if (count > 0)
+          std::memcpy(static_cast<void*>(to), static_cast<const void*>(source.row(k) + n), count * sizeof(T));
+      }
+    }
   }
 }
 
@@ -122,7 +152,7 @@ using U8 = uint8_t __attribute__((vector_size(BEIT3_VECTOR_BYTES / 4)));  // as 
 
 // The same in eight bits: 127 steps to the largest magnitude of a row. NaN or infinity makes all of a row NaN.
 template <class T>
-void quantize_left(const Product& p, int64_t row, int64_t rows) {
+void quantize_left(const Product& p, int64_t row, int64_t rows, void* left) {
   for (int64_t r = row; r < row + rows; ++r) {
     const T* const x = p.a.row<T>(r);
     F32 largest{}, nothing{};
@@ -139,7 +169,7 @@ void quantize_left(const Product& p, int64_t row, int64_t rows) {
     for (int64_t i = 0; i < lanes<float>; ++i) most = largest[i] > most ? largest[i] : most;
     const float steps = most > 0 ? 127 / most : 0;
     p.row_scales[r] = most / 127 + sum_lanes<float>(nothing);
-    uint8_t* const to = static_cast<uint8_t*>(p.packed) + r * p.packed_stride * 4;
+    uint8_t* const to = static_cast<uint8_t*>(left) + (r - row) * p.left_stride * 4;
     for (int64_t i = 0; i < p.depth; i += lanes<float>) {
       F32 value;
       load_up_to(value, x + i, p.depth - i);
@@ -186,16 +216,16 @@ void product(const ProductTask& task, void* scratch) {
   using Stored = std::conditional_t<quantized, int8_t, T>;
   const Product& p = *task.product;
   const TypedRows<T> source_a{p.a};
-  const int64_t depth = ceil_div(p.depth, elements<Word>), block = least(depth, depth_block);
+  const int64_t depth = ceil_div(p.depth, elements<Word>), block = least(round_up(depth, 2), depth_block);
+  const int64_t stored_depth = round_up(p.depth, stored_together<Stored>);
   const Matrix<Word> panel = panels_matrix(static_cast<Word*>(scratch), block);
   const Matrix<Word> tail = rows_matrix(panel.data + block * panel_width, round_up(depth, lanes<float>));
   float* const sums = reinterpret_cast<float*>(tail.data + tile_rows * tail.stride);
 
-  Matrix<Word> left = rows_matrix(static_cast<Word*>(p.packed), p.packed_stride);
-  if (p.packed != nullptr) left = left.from_row(task.row);
+  Matrix<Word> left = rows_matrix(static_cast<Word*>(const_cast<void*>(task.left)), p.left_stride);
   int64_t whole = task.rows;  // rows of `left` in tiles; fewer than a tile are packed behind each other
   if constexpr (!quantized) {
-    if (p.packed == nullptr) {
+    if (task.left == nullptr) {
       left = rows_matrix(reinterpret_cast<Word*>(const_cast<T*>(source_a.row(task.row))), p.a.stride / elements<Word>);
       whole = task.rows / tile_rows * tile_rows;
       pack_rows(tail, source_a, task.row + whole, task.rows - whole, task.rows - whole, p.depth);
@@ -214,7 +244,7 @@ void product(const ProductTask& task, void* scratch) {
       int64_t stride = panel_width;
       const Stored* stored = nullptr;
       if (p.panels != nullptr) {
-        stored = static_cast<const Stored*>(p.panels) + (column / widest_panel * p.depth + first) * widest_panel;
+        stored = static_cast<const Stored*>(p.panels) + (column / widest_panel * stored_depth + first) * widest_panel;
         if constexpr (std::is_same_v<Stored, element_t<Word>>) {
           right = reinterpret_cast<const Word*>(stored) + column % widest_panel;
           stride = widest_panel;
@@ -236,6 +266,12 @@ void product(const ProductTask& task, void* scratch) {
         const int64_t r = i * tile_rows;
         const Matrix<Word> rows = r < whole ? left.from_row(r) : tail;
         float* const tile = sums + (depth > depth_block ? r * panel_width : 0);
+        if (end == depth) {  // C's lines are on their way while the tile is computed
+          for (int64_t t = r; t < least(r + tile_rows, task.rows); ++t) {
+            const char* const line = reinterpret_cast<const char*>(static_cast<Out*>(p.out) + p.out_row(task.row + t) + column);
+            for (int64_t at = 0; at < columns * static_cast<int64_t>(sizeof(Out)); at += 64) __builtin_prefetch(line + at, 1);
+          }
+        }
         if (few) {
           if constexpr (!quantized) multiply_few(rows, TypedRows<T>{p.b}, column, columns, p.depth, tile);
         } else {

@@ -41,19 +41,40 @@ bool in_place(const Product& p, ScalarType operands) {
          reinterpret_cast<uintptr_t>(p.a.data) % 4 == 0;
 }
 
-// Brings a into the form of the multiply-adds, once for all tasks.
-Scratch pack(Product& p, ScalarType operands) {
-  const bool quantized = p.column_scales != nullptr;
-  p.packed_stride = packed_stride_of(quantized ? (p.depth + 3) / 4 : in_pairs(operands) ? (p.depth + 1) / 2 : p.depth);
-  const int64_t words = packed_rows_of(p.rows) * p.packed_stride;
-  Scratch packed((words + packed_rows_of(p.rows)) * 4);
-  p.packed = packed.get();
-  p.row_scales = packed.get<float>() + words;
-  const auto kernel = quantized ? BEIT3_KERNEL_OF(quantize_left, operands) : BEIT3_KERNEL_OF(pack_left, operands);
-  const int64_t bands = (p.rows + widest_panel - 1) / widest_panel;  // of columns of a, if across: whole vectors
-  const int64_t grain = std::max<int64_t>(1, elements_per_thread / std::max<int64_t>(1, p.depth * widest_panel));
+// Bands of whole panels and vectors on all threads.
+template <class Function>
+void in_bands(int64_t lines, int64_t elements_of_line, const Function& function) {
+  const int64_t bands = (lines + widest_panel - 1) / widest_panel;
+  const int64_t grain =
+      std::max<int64_t>(1, elements_per_thread / std::max<int64_t>(1, elements_of_line * widest_panel));
   torch::stable::parallel_for(0, bands, grain, [&](int64_t begin, int64_t end) {
-    kernel(p, begin * widest_panel, std::min(end * widest_panel, p.rows) - begin * widest_panel);
+    for (int64_t first = begin * widest_panel; first < std::min(end * widest_panel, lines); first += widest_panel) {
+      function(first, std::min(widest_panel, lines - first));
+    }
+  });
+}
+
+// Brings all rows of a into the form of the multiply-adds.
+Scratch pack_rows(Product& p, ScalarType operands) {
+  const int64_t words = packed_rows_of(p.rows) * p.left_stride;
+  Scratch packed((words + packed_rows_of(p.rows)) * 4);
+  p.row_scales = packed.get<float>() + words;
+  const auto kernel =
+      p.column_scales != nullptr ? BEIT3_KERNEL_OF(quantize_left, operands) : BEIT3_KERNEL_OF(pack_left, operands);
+  in_bands(p.rows, p.depth,
+           [&](int64_t row, int64_t rows) { kernel(p, row, rows, packed.get<float>() + row * p.left_stride); });
+  return packed;
+}
+
+// Brings b into panels.
+Scratch pack_panels(Product& p, ScalarType operands) {
+  const int64_t depth = operands == ScalarType::BFloat16 ? p.depth + p.depth % 2 : p.depth;
+  const int64_t panel = depth * widest_panel * (operands == ScalarType::Float ? 4 : 2);
+  Scratch packed((p.columns + widest_panel - 1) / widest_panel * panel);
+  p.panels = packed.get();
+  const auto kernel = BEIT3_KERNEL_OF(pack_right, operands);
+  in_bands(p.columns, p.depth, [&](int64_t column, int64_t columns) {
+    kernel(p, column, columns, packed.get<char>() + column / widest_panel * panel);
   });
   return packed;
 }
@@ -62,11 +83,19 @@ Scratch pack(Product& p, ScalarType operands) {
 
 void run_products(std::vector<Product> products, ScalarType operands, ScalarType out) {
   std::vector<Scratch> packed;
+  std::vector<const char*> lefts;  // of each product; null: in place, or packed by the tasks
   int64_t total = 0, deepest = 0;
   for (Product& p : products) {
     total += p.rows * p.columns * std::max<int64_t>(p.depth, 1);
     deepest = std::max(deepest, p.depth);
-    if (!in_place(p, operands)) packed.push_back(pack(p, operands));
+    const int64_t words = p.column_scales != nullptr ? (p.depth + 3) / 4
+                          : in_pairs(operands)       ? (p.depth + 1) / 2
+                                                     : p.depth;
+    p.left_stride = left_stride_of(words);
+    const bool as_it_lies = p.a_across || in_place(p, operands);
+    if (!as_it_lies) packed.push_back(pack_rows(p, operands));
+    lefts.push_back(as_it_lies ? nullptr : packed.back().get<char>());
+    if (p.a_across) packed.push_back(pack_panels(p, operands));
   }
   if (total == 0) return;
   const int64_t threads =
@@ -76,10 +105,14 @@ void run_products(std::vector<Product> products, ScalarType operands, ScalarType
   // enough to stay in the second-level cache from panel to panel. Where the shares of two threads meet, a task is cut
   // between tiles, so that they end at the same time.
   std::vector<std::vector<ProductTask>> shares(threads);
-  int64_t share = 0, left = total / threads, most_rows = 0;
-  for (const Product& p : products) {
-    const int64_t blocks = p.panels == nullptr ? 1 : (p.rows + rows_in_cache / 2) / rows_in_cache;
+  int64_t share = 0, left = total / threads, most_rows = 0, most_left = 0;
+  for (size_t i = 0; i < products.size(); ++i) {
+    const Product& p = products[i];
+    const int64_t wanted =
+        p.a_across ? std::clamp(words_in_cache / p.left_stride, few_rows, rows_in_cache) : rows_in_cache;
+    const int64_t blocks = p.panels == nullptr ? 1 : (p.rows + wanted / 2) / wanted;
     const int64_t most = packed_rows_of(p.rows / std::max<int64_t>(blocks, 1) + 1);
+    if (p.a_across) most_left = std::max(most_left, most * p.left_stride);
     for (int64_t first = 0; first < p.rows; first += most) {
       const int64_t end = std::min(first + most, p.rows);
       for (int64_t column = 0; column < p.columns; column += widest_panel) {
@@ -88,7 +121,8 @@ void run_products(std::vector<Product> products, ScalarType operands, ScalarType
         for (int64_t row = first; row < end;) {
           const int64_t tiles = (std::max<int64_t>(left / cost, 0) + product_tile_rows / 2) / product_tile_rows;
           const int64_t rows = share == threads - 1 ? end - row : std::min(tiles * product_tile_rows, end - row);
-          if (rows > 0) shares[share].push_back({&p, row, rows, column, columns});
+          const void* const there = lefts[i] == nullptr ? nullptr : lefts[i] + row * p.left_stride * 4;
+          if (rows > 0) shares[share].push_back({&p, row, rows, column, columns, there});
           most_rows = std::max(most_rows, rows);
           row += rows;
           left -= rows * cost;
@@ -98,10 +132,22 @@ void run_products(std::vector<Product> products, ScalarType operands, ScalarType
     }
   }
   const Kernel kernel = kernel_of(operands, out, products.front().column_scales != nullptr);
+  const auto pack_left = BEIT3_KERNEL_OF(pack_left, operands);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(product_scratch(most_rows, deepest));
+    const Scratch scratch(product_scratch(most_rows, deepest)), across(most_left * 4);
     for (int64_t s = begin; s < end; ++s) {
-      for (const ProductTask& task : shares[s]) kernel(task, scratch.get());
+      const ProductTask* before = nullptr;
+      for (ProductTask& task : shares[s]) {
+        const Product& p = *task.product;
+        if (p.a_across) {  // columns of a, for all panels
+          task.left = across.get();
+          const bool there =
+              before != nullptr && before->product == &p && before->row == task.row && before->rows == task.rows;
+          if (!there) pack_left(p, task.row, task.rows, across.get());
+        }
+        kernel(task, scratch.get());
+        before = &task;
+      }
     }
   });
 }
