@@ -209,22 +209,66 @@ BEIT3_INLINE void widen_panel(const Matrix<float>& panel, const bfloat16* from, 
   }
 }
 
+// Some of the depth of a panel of C's right operand, and what is needed after it, if that is known.
+template <class Word>
+struct Right {
+  const Word* words;
+  int64_t stride;
+  const char* next;
+  int64_t next_bytes;
+};
+
+// Words [begin, end) of the depth of `columns` columns: where they are stored, or brought into `panel`.
+template <class T, class Word>
+Right<Word> right_operand(const Product& p, const Matrix<Word>& panel, int64_t column, int64_t columns, int64_t begin,
+                          int64_t end) {
+  using Stored = std::conditional_t<std::is_same_v<Word, int8_quad>, int8_t, T>;
+  const int64_t first = begin * elements<Word>, count = least(end * elements<Word>, p.depth) - first;
+  Right<Word> right{panel.data, panel_width, reinterpret_cast<const char*>(panel.data), 0};
+  if (p.panels != nullptr) {
+    const int64_t stored_depth = round_up(p.depth, stored_together<Stored>);
+    const Stored* const stored =
+        static_cast<const Stored*>(p.panels) + (column / widest_panel * stored_depth + first) * widest_panel;
+    right.next_bytes = count * widest_panel * sizeof(Stored);
+    right.next = reinterpret_cast<const char*>(stored) + right.next_bytes;
+    if constexpr (std::is_same_v<Stored, element_t<Word>>) {
+      right.words = reinterpret_cast<const Word*>(stored) + column % widest_panel;
+      right.stride = widest_panel;
+    } else {
+      widen_panel(panel, stored, column % widest_panel, end - begin);
+    }
+  } else if constexpr (!std::is_same_v<Word, int8_quad>) {
+    if (p.b_across) {
+      pack_pairs(panel, TypedRows<T>{p.b, column}, first, count, count, columns);
+    } else {
+      pack_columns(panel, TypedRows<T>{p.b, first}, column, columns, count);
+    }
+  }
+  return right;
+}
+
+// C's lines lie apart: they come while its tile is computed.
+template <class Out>
+BEIT3_INLINE void fetch_out(const Product& p, int64_t row, int64_t rows, int64_t column, int64_t columns) {
+  for (int64_t r = row; r < row + rows; ++r) {
+    const Out* const out = static_cast<const Out*>(p.out) + p.out_row(r) + column;
+    for (int64_t n = 0; n < columns; n += 64 / static_cast<int64_t>(sizeof(Out))) __builtin_prefetch(out + n, 1);
+  }
+}
+
 // One task; `scratch` has product_scratch(task.rows, depth) bytes.
 template <class T, class Out, class Word = word_t<T>>
 void product(const ProductTask& task, void* scratch) {
-  constexpr bool quantized = std::is_same_v<Word, int8_quad>;
-  using Stored = std::conditional_t<quantized, int8_t, T>;
   const Product& p = *task.product;
   const TypedRows<T> source_a{p.a};
   const int64_t depth = ceil_div(p.depth, elements<Word>), block = least(round_up(depth, 2), depth_block);
-  const int64_t stored_depth = round_up(p.depth, stored_together<Stored>);
   const Matrix<Word> panel = panels_matrix(static_cast<Word*>(scratch), block);
   const Matrix<Word> tail = rows_matrix(panel.data + block * panel_width, round_up(depth, lanes<float>));
   float* const sums = reinterpret_cast<float*>(tail.data + tile_rows * tail.stride);
 
   Matrix<Word> left = rows_matrix(static_cast<Word*>(const_cast<void*>(task.left)), p.left_stride);
   int64_t whole = task.rows;  // rows of `left` in tiles; fewer than a tile are packed behind each other
-  if constexpr (!quantized) {
+  if constexpr (!std::is_same_v<Word, int8_quad>) {
     if (task.left == nullptr) {
       left = rows_matrix(reinterpret_cast<Word*>(const_cast<T*>(source_a.row(task.row))), p.a.stride / elements<Word>);
       whole = task.rows / tile_rows * tile_rows;
@@ -238,51 +282,28 @@ void product(const ProductTask& task, void* scratch) {
     const auto multiply = tile_of<Word>(ceil_div(columns, lanes<float>));
     int64_t begin = 0;
     do {  // also where the depth is 0: sums of nothing
-      const int64_t end = few ? depth : least(begin + depth_block, depth), first = begin * elements<Word>;
-      const int64_t count = least(end * elements<Word>, p.depth) - first;
-      const Word* right = panel.data;
-      int64_t stride = panel_width;
-      const Stored* stored = nullptr;
-      if (p.panels != nullptr) {
-        stored = static_cast<const Stored*>(p.panels) + (column / widest_panel * stored_depth + first) * widest_panel;
-        if constexpr (std::is_same_v<Stored, element_t<Word>>) {
-          right = reinterpret_cast<const Word*>(stored) + column % widest_panel;
-          stride = widest_panel;
-        } else {
-          widen_panel(panel, stored, column % widest_panel, end - begin);
-        }
-      } else if constexpr (!quantized) {
-        if (p.b_across) {
-          pack_pairs(panel, TypedRows<T>{p.b, column}, first, count, count, columns);
-        } else if (!few) {
-          pack_columns(panel, TypedRows<T>{p.b, first}, column, columns, count);
-        }
-      }
-      const bool known = stored != nullptr;  // what is read next, if it is
-      const auto next =
-          known ? reinterpret_cast<const char*>(stored + count * widest_panel) : reinterpret_cast<const char*>(right);
-      const int64_t ahead_step = known ? ceil_div(count * widest_panel * sizeof(Stored), tiles * (end - begin)) : 0;
+      const int64_t end = few ? depth : least(begin + depth_block, depth), steps = tiles * (end - begin);
+      Right<Word> right{};
+      if (!few) right = right_operand<T>(p, panel, column, columns, begin, end);
+      const int64_t ahead_step = steps > 0 ? ceil_div(right.next_bytes, steps) : 0;
       for (int64_t i = 0; i < tiles; ++i) {
-        const int64_t r = i * tile_rows;
+        const int64_t r = i * tile_rows, count = least(tile_rows, task.rows - r);
         const Matrix<Word> rows = r < whole ? left.from_row(r) : tail;
         float* const tile = sums + (depth > depth_block ? r * panel_width : 0);
-        if (end == depth) {  // C's lines are on their way while the tile is computed
-          for (int64_t t = r; t < least(r + tile_rows, task.rows); ++t) {
-            const char* const line = reinterpret_cast<const char*>(static_cast<Out*>(p.out) + p.out_row(task.row + t) + column);
-            for (int64_t at = 0; at < columns * static_cast<int64_t>(sizeof(Out)); at += 64) __builtin_prefetch(line + at, 1);
-          }
-        }
+        if (end == depth) fetch_out<Out>(p, task.row + r, count, column, columns);
         if (few) {
-          if constexpr (!quantized) multiply_few(rows, TypedRows<T>{p.b}, column, columns, p.depth, tile);
+          if constexpr (!std::is_same_v<Word, int8_quad>) {
+            multiply_few(rows, TypedRows<T>{p.b}, column, columns, p.depth, tile);
+          }
         } else {
           int64_t k = begin;
           do {
-            const Ahead ahead{next + ahead_step * (i * (end - begin) + k - begin), ahead_step};
-            multiply(rows.data + k, rows.stride, right + (k - begin) * stride, stride, least(summed_at_once, end - k),
-                     1.0f, k > 0, tile, panel_width, ahead);
+            const Ahead ahead{right.next + ahead_step * (i * (end - begin) + k - begin), ahead_step};
+            multiply(rows.data + k, rows.stride, right.words + (k - begin) * right.stride, right.stride,
+                     least(summed_at_once, end - k), 1.0f, k > 0, tile, panel_width, ahead);
           } while ((k += summed_at_once) < end);
         }
-        if (end == depth) finish<T, Out>(p, task.row + r, least(tile_rows, task.rows - r), column, columns, tile);
+        if (end == depth) finish<T, Out>(p, task.row + r, count, column, columns, tile);
       }
       begin = end;
     } while (begin < depth);

@@ -79,76 +79,92 @@ Scratch pack_panels(Product& p, ScalarType operands) {
   return packed;
 }
 
-}  // namespace
+// Rows of a product that a task has at most.
+int64_t rows_at_once(const Product& p) {
+  if (p.panels == nullptr) return std::max<int64_t>(p.rows, 1);
+  int64_t wanted = rows_in_cache;
+  if (p.a_across) wanted = std::clamp(words_in_cache / std::max<int64_t>(p.left_stride, 1), few_rows, rows_in_cache);
+  const int64_t blocks = std::max<int64_t>(1, (p.rows + wanted / 2) / wanted);
+  return packed_rows_of(p.rows / blocks + 1);
+}
 
-void run_products(std::vector<Product> products, ScalarType operands, ScalarType out) {
-  std::vector<Scratch> packed;
-  std::vector<const char*> lefts;  // of each product; null: in place, or packed by the tasks
-  int64_t total = 0, deepest = 0;
-  for (Product& p : products) {
-    total += p.rows * p.columns * std::max<int64_t>(p.depth, 1);
-    deepest = std::max(deepest, p.depth);
-    const int64_t words = p.column_scales != nullptr ? (p.depth + 3) / 4
-                          : in_pairs(operands)       ? (p.depth + 1) / 2
-                                                     : p.depth;
-    p.left_stride = left_stride_of(words);
-    const bool as_it_lies = p.a_across || in_place(p, operands);
-    if (!as_it_lies) packed.push_back(pack_rows(p, operands));
-    lefts.push_back(as_it_lies ? nullptr : packed.back().get<char>());
-    if (p.a_across) packed.push_back(pack_panels(p, operands));
-  }
-  if (total == 0) return;
-  const int64_t threads =
-      std::clamp<int64_t>(total / work_per_thread, 1, static_cast<int64_t>(torch::stable::get_num_threads()));
+using Share = std::vector<ProductTask>;
 
-  // Each thread's tasks. A task is a panel of b and all rows; or where no panel has to be brought into order first, few
-  // enough to stay in the second-level cache from panel to panel. Where the shares of two threads meet, a task is cut
-  // between tiles, so that they end at the same time.
-  std::vector<std::vector<ProductTask>> shares(threads);
-  int64_t share = 0, left = total / threads, most_rows = 0, most_left = 0;
+// Each thread's tasks. A task is a panel of b and all rows; or where no panel has to be brought into order first, few
+// enough to stay in the second-level cache from panel to panel. Where the shares of two threads meet, a task is cut
+// between tiles, so that they end at the same time.
+std::vector<Share> shares_of(const std::vector<Product>& products, const std::vector<const char*>& lefts, int64_t total,
+                             int64_t threads) {
+  std::vector<Share> shares(threads);
+  int64_t share = 0, work = total / threads;  // multiply-adds that the share still lacks
   for (size_t i = 0; i < products.size(); ++i) {
     const Product& p = products[i];
-    const int64_t wanted =
-        p.a_across ? std::clamp(words_in_cache / p.left_stride, few_rows, rows_in_cache) : rows_in_cache;
-    const int64_t blocks = p.panels == nullptr ? 1 : (p.rows + wanted / 2) / wanted;
-    const int64_t most = packed_rows_of(p.rows / std::max<int64_t>(blocks, 1) + 1);
-    if (p.a_across) most_left = std::max(most_left, most * p.left_stride);
+    const int64_t most = rows_at_once(p);
     for (int64_t first = 0; first < p.rows; first += most) {
       const int64_t end = std::min(first + most, p.rows);
       for (int64_t column = 0; column < p.columns; column += widest_panel) {
         const int64_t columns = std::min(widest_panel, p.columns - column);
         const int64_t cost = columns * std::max<int64_t>(p.depth, 1);  // of a row
         for (int64_t row = first; row < end;) {
-          const int64_t tiles = (std::max<int64_t>(left / cost, 0) + product_tile_rows / 2) / product_tile_rows;
+          const int64_t tiles = (std::max<int64_t>(work / cost, 0) + product_tile_rows / 2) / product_tile_rows;
           const int64_t rows = share == threads - 1 ? end - row : std::min(tiles * product_tile_rows, end - row);
-          const void* const there = lefts[i] == nullptr ? nullptr : lefts[i] + row * p.left_stride * 4;
-          if (rows > 0) shares[share].push_back({&p, row, rows, column, columns, there});
-          most_rows = std::max(most_rows, rows);
+          const void* const left = lefts[i] == nullptr ? nullptr : lefts[i] + row * p.left_stride * 4;
+          if (rows > 0) shares[share].push_back({&p, row, rows, column, columns, left});
           row += rows;
-          left -= rows * cost;
-          if (row < end) left += total / threads, ++share;
+          work -= rows * cost;
+          if (row < end) work += total / threads, ++share;
         }
       }
     }
   }
-  const Kernel kernel = kernel_of(operands, out, products.front().column_scales != nullptr);
-  const auto pack_left = BEIT3_KERNEL_OF(pack_left, operands);
-  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    const Scratch scratch(product_scratch(most_rows, deepest)), across(most_left * 4);
-    for (int64_t s = begin; s < end; ++s) {
-      const ProductTask* before = nullptr;
-      for (ProductTask& task : shares[s]) {
-        const Product& p = *task.product;
-        if (p.a_across) {  // columns of a, for all panels
-          task.left = across.get();
-          const bool there =
-              before != nullptr && before->product == &p && before->row == task.row && before->rows == task.rows;
-          if (!there) pack_left(p, task.row, task.rows, across.get());
-        }
-        kernel(task, scratch.get());
-        before = &task;
-      }
+  return shares;
+}
+
+// A share on one thread.
+void run(Share& share, Kernel kernel, void (*pack)(const Product&, int64_t row, int64_t rows, void* left)) {
+  int64_t scratch_bytes = 0, left_words = 0;
+  for (const ProductTask& task : share) {
+    scratch_bytes = std::max(scratch_bytes, product_scratch(task.rows, task.product->depth));
+    if (task.product->a_across)
+      left_words = std::max(left_words, packed_rows_of(task.rows) * task.product->left_stride);
+  }
+  const Scratch scratch(scratch_bytes), columns_of_a(left_words * 4);
+  const ProductTask* before = nullptr;
+  for (ProductTask& task : share) {
+    if (task.product->a_across) {  // for all panels
+      task.left = columns_of_a.get();
+      const bool again =
+          before != nullptr && before->product == task.product && before->row == task.row && before->rows == task.rows;
+      if (!again) pack(*task.product, task.row, task.rows, columns_of_a.get());
     }
+    kernel(task, scratch.get());
+    before = &task;
+  }
+}
+
+}  // namespace
+
+void run_products(std::vector<Product> products, ScalarType operands, ScalarType out) {
+  std::vector<Scratch> packed;
+  std::vector<const char*> lefts;  // of each product; null: in place, or packed by the tasks
+  int64_t total = 0;
+  for (Product& p : products) {
+    total += p.rows * p.columns * std::max<int64_t>(p.depth, 1);
+    const int64_t together = p.column_scales != nullptr ? 4 : in_pairs(operands) ? 2 : 1;
+    p.left_stride = left_stride_of((p.depth + together - 1) / together);
+    const bool by_tasks = p.a_across || in_place(p, operands);
+    if (!by_tasks) packed.push_back(pack_rows(p, operands));
+    lefts.push_back(by_tasks ? nullptr : packed.back().get<char>());
+    if (p.a_across) packed.push_back(pack_panels(p, operands));
+  }
+  if (total == 0) return;
+  const int64_t threads =
+      std::clamp<int64_t>(total / work_per_thread, 1, static_cast<int64_t>(torch::stable::get_num_threads()));
+  std::vector<Share> shares = shares_of(products, lefts, total, threads);
+  const Kernel kernel = kernel_of(operands, out, products.front().column_scales != nullptr);
+  const auto pack = BEIT3_KERNEL_OF(pack_left, operands);
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < end; ++s) run(shares[s], kernel, pack);
   });
 }
 

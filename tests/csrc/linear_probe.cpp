@@ -9,31 +9,29 @@ using namespace beit3_fast;
 namespace {
 
 using Kernel = void (*)(const ProductTask&, void* scratch);
-using Pack = void (*)(const Product&, int64_t row, int64_t rows);
+using Pack = void (*)(const Product&, int64_t line, int64_t lines, void* to);
 
 // In four tasks, as several threads would take them. Returns whether the kernels stayed in their memory.
 bool run(Product& p, Kernel kernel, Pack pack, int64_t words, bool in_place) {
-  p.packed_stride = packed_stride_of(words);
+  p.left_stride = left_stride_of(words);
   const int64_t half = (p.columns / 2 + 63) / 64 * 64;
   const int64_t first_rows = packed_rows_of((p.rows + 1) / 2);
   const probe::Guarded memory(product_scratch(first_rows, p.depth));
-  const probe::Guarded packed(4 * packed_rows_of(p.rows) * p.packed_stride), row_scales(4 * p.rows);
-  if (!in_place) {
-    p.packed = packed.get();
-    p.row_scales = static_cast<float*>(row_scales.get());
-    const int64_t band = p.rows < 64 ? p.rows : 64;
-    pack(p, 0, band);
-    if (band < p.rows) pack(p, band, p.rows - band);
-  }
+  const probe::Guarded left(4 * packed_rows_of(first_rows) * p.left_stride), row_scales(4 * p.rows);
+  p.row_scales = row_scales.get<float>();
   for (int64_t row = 0; row < p.rows; row += first_rows) {
     const int64_t count = p.rows - row < first_rows ? p.rows - row : first_rows;
-    const ProductTask tasks[] = {{&p, row, count, 0, half < p.columns ? half : p.columns},
-                                 {&p, row, count, half, p.columns - half}};
+    const void* const packed = in_place ? nullptr : left.get();
+    const int64_t band = count < 64 ? count : 64;
+    if (!in_place) pack(p, row, band, left.get());
+    if (!in_place && band < count) pack(p, row + band, count - band, left.get<float>() + band * p.left_stride);
+    const ProductTask tasks[] = {{&p, row, count, 0, half < p.columns ? half : p.columns, packed},
+                                 {&p, row, count, half, p.columns - half, packed}};
     for (const ProductTask& task : tasks) {
       if (task.columns > 0) kernel(task, memory.get());
     }
   }
-  return memory.is_intact() && packed.is_intact() && row_scales.is_intact();
+  return memory.is_intact() && left.is_intact() && row_scales.is_intact();
 }
 
 bool in_pairs(Isa isa, int dtype) { return dtype == 1 && isa == Isa::avx512_bf16; }
@@ -67,7 +65,17 @@ int product(int isa, int dtype, bool wide, int64_t rows, int64_t columns, int64_
                           ? (wide ? BEIT3_AT(at, product<bfloat16, float>) : BEIT3_AT(at, product<bfloat16, bfloat16>))
                           : (wide ? BEIT3_AT(at, product<float16, float>) : BEIT3_AT(at, product<float16, float16>));
   const int64_t words = in_pairs(at, dtype) ? (depth + 1) / 2 : depth;
-  return run(p, kernel, BEIT3_PROBE_KERNEL(at, dtype, pack_left), words, in_place);
+  const int64_t stored_depth = dtype == 1 ? depth + depth % 2 : depth;
+  const int64_t panel = stored_depth * widest_panel * (dtype == 0 ? 4 : 2);
+  const probe::Guarded panels((columns + widest_panel - 1) / widest_panel * panel);
+  if (a_across && b_across) {  // a gradient of weights
+    p.panels = panels.get();
+    for (int64_t column = 0; column < columns; column += widest_panel) {
+      const int64_t count = columns - column < widest_panel ? columns - column : widest_panel;
+      BEIT3_PROBE_KERNEL(at, dtype, pack_right)(p, column, count, panels.get<char>() + column / widest_panel * panel);
+    }
+  }
+  return run(p, kernel, BEIT3_PROBE_KERNEL(at, dtype, pack_left), words, in_place) && panels.is_intact();
 }
 
 int packed_product(int isa, int dtype, int64_t rows, int64_t columns, int64_t depth, const void* a, const void* panels,

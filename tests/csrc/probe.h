@@ -36,7 +36,10 @@ class Guarded {
   Guarded(const Guarded&) = delete;
   Guarded& operator=(const Guarded&) = delete;
 
-  void* get() const { return data_; }
+  template <class T = void>
+  T* get() const {
+    return static_cast<T*>(static_cast<void*>(data_));
+  }
 
   bool is_intact() const {
     for (int64_t i = bytes_; i < bytes_ + guard; ++i) {
