@@ -12,6 +12,7 @@ split and no concatenation. Attention sees one virtual sequence per sample,
 
 from __future__ import annotations
 
+import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -203,6 +204,38 @@ class TokenLayout:
     @property
     def text_len(self) -> Tensor:
         return self.segments[:, 3]
+
+    def parts(self, rows: int) -> list[TokenLayout]:
+        """Layouts of consecutive samples, about ``rows`` rows of whole samples each. ``[self]`` where one part holds
+        all, or where lengths are known to the device alone.
+
+        Raises:
+            ValueError: rows below 1.
+        """
+        if rows < 1:
+            raise ValueError(f"rows must be at least 1, got {rows}")
+        count = min(round(self.num_rows / rows), self.batch_size)
+        if count <= 1 or self.text_lengths is None:
+            return [self]
+        bounds = [self.batch_size * i // count for i in range(count + 1)]
+        return [self._samples(first, last) for first, last in itertools.pairwise(bounds)]
+
+    def _samples(self, first: int, last: int) -> TokenLayout:
+        assert self.text_lengths is not None
+        vision, text = self.vision_lengths, self.text_lengths
+
+        def source(of: Tensor | None, lengths: tuple[int, ...], width: int) -> Tensor | None:
+            return None if of is None else of[sum(lengths[:first]) : sum(lengths[:last])] - first * width
+
+        return _host_layout(
+            list(vision[first:last]),
+            list(text[first:last]),
+            self.vision_width,
+            self.text_width,
+            source(self.vision_source, vision, self.vision_width),
+            source(self.text_source, text, self.text_width),
+            self.device,
+        )
 
     @property
     def shared_offsets(self) -> Tensor:

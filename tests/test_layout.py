@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from beit3_fast.layout import TokenLayout
+from beit3_fast.layout import TokenLayout, _device_layout
 
 Slot = tuple[int, int]  # (sample, column of the padded (B, S) form)
 
@@ -152,6 +152,41 @@ def test_unpadded_samples_are_only_viewed() -> None:
     assert layout.text_source is None
     tokens = torch.arange(8).view(2, 4)
     assert layout.pack_text(tokens).data_ptr() == tokens.data_ptr()
+
+
+# --- parts ------------------------------------------------------------------------------------------------------------
+
+
+@given(lengths=lengths_strategy, rows=st.integers(1, 40), extra=st.integers(0, 2))
+def test_parts_of_lengths(lengths: list[tuple[int, int]], rows: int, extra: int) -> None:
+    vision, text = [v for v, _ in lengths], [t for _, t in lengths]
+    vision_width, text_width = max(vision) + extra, max(text) + extra
+    whole = TokenLayout.from_lengths(vision, text, vision_width=vision_width, text_width=text_width)
+    first, parts = 0, whole.parts(rows)
+    assert len(parts) == max(1, min(round(whole.num_rows / rows), len(lengths)))
+    for part in parts:
+        samples = slice(first, first + part.batch_size)
+        check(part, [range(v) for v in vision[samples]], [range(t) for t in text[samples]], vision_width, text_width)
+        first += part.batch_size
+    assert first == len(lengths)
+
+
+def test_parts_of_padding() -> None:
+    padding = [[0, 1, 0], [1, 0, 0], [1, 1, 1], [0, 0, 0]]
+    for part, its in zip(
+        TokenLayout.from_padding(torch.tensor(padding), vision_tokens=2).parts(8), (0, 2), strict=True
+    ):
+        check(part, [range(2)] * 2, valid_columns(padding[its : its + 2]), 2, 3)
+
+
+def test_parts_where_only_the_device_knows_the_lengths() -> None:
+    layout = _device_layout(torch.ones(4, 3, dtype=torch.bool), 2)
+    assert layout.parts(1) == [layout]
+
+
+def test_parts_refuse() -> None:
+    with refuses(ValueError, "rows"):
+        TokenLayout.from_lengths([1], [1]).parts(0)
 
 
 # --- from_padding, on the host ----------------------------------------------------------------------------------------
