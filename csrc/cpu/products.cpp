@@ -1,6 +1,9 @@
 // Matrix products cut into tasks, and the tasks into threads.
 #include "products.h"
 
+#include <atomic>
+#include <optional>
+
 #include "arguments.h"
 
 #define BEIT3_KERNEL "linear_tile.h"
@@ -10,6 +13,7 @@ namespace beit3_fast::cpu {
 namespace {
 
 using Kernel = void (*)(const ProductTask&, void* scratch);
+using Pack = void (*)(const Product&, int64_t line, int64_t lines, void* to);
 
 Kernel kernel_of(ScalarType operands, ScalarType out, bool quantized) {
   const Isa isa = native_isa();
@@ -88,11 +92,37 @@ int64_t rows_at_once(const Product& p) {
   return packed_rows_of(p.rows / blocks + 1);
 }
 
-using Share = std::vector<ProductTask>;
+// A thread's tasks. It takes them from the front; one that has finished its own takes from the back of others': cores
+// are not equally fast, and not always there.
+class Share {
+ public:
+  std::vector<ProductTask> tasks;
 
-// Each thread's tasks. A task is a panel of b and all rows; or where no panel has to be brought into order first, few
-// enough to stay in the second-level cache from panel to panel. Where the shares of two threads meet, a task is cut
-// between tiles, so that they end at the same time.
+  void close() { left_ = tasks.size(); }
+
+  const ProductTask* next() {
+    for (uint64_t left = left_;;) {
+      const uint64_t first = left >> 32, end = left & 0xffffffffu;
+      if (first == end) return nullptr;
+      if (left_.compare_exchange_weak(left, left + (uint64_t{1} << 32))) return &tasks[first];
+    }
+  }
+
+  const ProductTask* last() {
+    for (uint64_t left = left_;;) {
+      const uint64_t first = left >> 32, end = left & 0xffffffffu;
+      if (first == end) return nullptr;
+      if (left_.compare_exchange_weak(left, left - 1)) return &tasks[end - 1];
+    }
+  }
+
+ private:
+  std::atomic<uint64_t> left_{0};  // the first task that is left, and in the lower half the end
+};
+
+// A task is a panel of b and all rows; or where no panel has to be brought into order first, few enough to stay in the
+// second-level cache from panel to panel, and at the end of a share fewer still, so that all threads end at the same
+// time. Where the shares of two threads meet, a task is cut between tiles.
 std::vector<Share> shares_of(const std::vector<Product>& products, const std::vector<const char*>& lefts, int64_t total,
                              int64_t threads) {
   std::vector<Share> shares(threads);
@@ -107,40 +137,53 @@ std::vector<Share> shares_of(const std::vector<Product>& products, const std::ve
         const int64_t cost = columns * std::max<int64_t>(p.depth, 1);  // of a row
         for (int64_t row = first; row < end;) {
           const int64_t tiles = (std::max<int64_t>(work / cost, 0) + product_tile_rows / 2) / product_tile_rows;
-          const int64_t rows = share == threads - 1 ? end - row : std::min(tiles * product_tile_rows, end - row);
+          int64_t rows = share == threads - 1 ? end - row : std::min(tiles * product_tile_rows, end - row);
+          if (p.panels != nullptr)
+            rows = std::min(rows, packed_rows_of(std::max(work / 2, work_per_thread) / cost + 1));
           const void* const left = lefts[i] == nullptr ? nullptr : lefts[i] + row * p.left_stride * 4;
-          if (rows > 0) shares[share].push_back({&p, row, rows, column, columns, left});
+          if (rows > 0) shares[share].tasks.push_back({&p, row, rows, column, columns, left});
           row += rows;
           work -= rows * cost;
-          if (row < end) work += total / threads, ++share;
+          if (row < end && tiles == 0 && share < threads - 1) work += total / threads, ++share;
         }
       }
     }
   }
+  for (Share& each : shares) each.close();
   return shares;
 }
 
-// A share on one thread.
-void run(Share& share, Kernel kernel, void (*pack)(const Product&, int64_t row, int64_t rows, void* left)) {
-  int64_t scratch_bytes = 0, left_words = 0;
-  for (const ProductTask& task : share) {
-    scratch_bytes = std::max(scratch_bytes, product_scratch(task.rows, task.product->depth));
-    if (task.product->a_across)
-      left_words = std::max(left_words, packed_rows_of(task.rows) * task.product->left_stride);
-  }
-  const Scratch scratch(scratch_bytes), columns_of_a(left_words * 4);
-  const ProductTask* before = nullptr;
-  for (ProductTask& task : share) {
-    if (task.product->a_across) {  // for all panels
-      task.left = columns_of_a.get();
-      const bool again =
-          before != nullptr && before->product == task.product && before->row == task.row && before->rows == task.rows;
-      if (!again) pack(*task.product, task.row, task.rows, columns_of_a.get());
+// What a thread computes in.
+class Worker {
+ public:
+  Worker(const std::vector<Share>& shares, Kernel kernel, Pack pack) : kernel_(kernel), pack_(pack) {
+    int64_t bytes = 0, words = 0;
+    for (const Share& share : shares) {
+      for (const ProductTask& task : share.tasks) {
+        bytes = std::max(bytes, product_scratch(task.rows, task.product->depth));
+        if (task.product->a_across) words = std::max(words, packed_rows_of(task.rows) * task.product->left_stride);
+      }
     }
-    kernel(task, scratch.get());
-    before = &task;
+    scratch_.emplace(bytes);
+    columns_of_a_.emplace(words * 4);
   }
-}
+
+  void run(ProductTask task) {
+    if (task.product->a_across) {  // for all panels
+      task.left = columns_of_a_->get();
+      const bool again = packed_.product == task.product && packed_.row == task.row && packed_.rows == task.rows;
+      if (!again) pack_(*task.product, task.row, task.rows, columns_of_a_->get());
+      packed_ = task;
+    }
+    kernel_(task, scratch_->get());
+  }
+
+ private:
+  Kernel kernel_;
+  Pack pack_;
+  std::optional<Scratch> scratch_, columns_of_a_;
+  ProductTask packed_{};
+};
 
 }  // namespace
 
@@ -164,7 +207,13 @@ void run_products(std::vector<Product> products, ScalarType operands, ScalarType
   const Kernel kernel = kernel_of(operands, out, products.front().column_scales != nullptr);
   const auto pack = BEIT3_KERNEL_OF(pack_left, operands);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t s = begin; s < end; ++s) run(shares[s], kernel, pack);
+    Worker worker(shares, kernel, pack);
+    for (int64_t s = begin; s < end; ++s) {
+      while (const ProductTask* task = shares[s].next()) worker.run(*task);
+    }
+    for (int64_t s = end; s < end + threads; ++s) {
+      while (const ProductTask* task = shares[s % threads].last()) worker.run(*task);
+    }
   });
 }
 
