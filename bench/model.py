@@ -274,13 +274,13 @@ def run_case(
         progress(f"{case.name}: {message}")
 
     say("who can take part")
-    missing = {provider.name: provider.missing(case, device) for provider in taking_part}
-    running = sum(reason is None for reason in missing.values())
-    needed, free = needed_memory(case, _config(case), running), free_memory(device)
-    if free is not None and needed > free:
-        baseline = getattr(make_setup, "baseline", BASELINE)
-        reason = f"it may need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
-        return CaseResult(case, [], None, baseline, skipped=reason)
+    missing: dict[str, str | None] = {}
+    skipped = _too_large(case, 1, device)  # before anybody is tried on it
+    if skipped is None:
+        missing = {provider.name: provider.missing(case, device) for provider in taking_part}
+        skipped = _too_large(case, sum(reason is None for reason in missing.values()), device)
+    if skipped is not None:
+        return CaseResult(case, [], None, getattr(make_setup, "baseline", BASELINE), skipped=skipped)
 
     say("weights and inputs")
     setup = make_setup(case, device)
@@ -330,6 +330,14 @@ def _too_slow(provider: Provider, seconds: float, rounds: int) -> str | None:
     if not provider.peer or seconds * rounds <= LONGEST:
         return None
     return f"too slow: a run takes {seconds:.3g} s, and {rounds} rounds would take more than {LONGEST:.3g} s"
+
+
+def _too_large(case: ModelCase, providers: int, device: torch.device) -> str | None:
+    """Why a case with so many providers does not fit in memory; None if it does, or if nobody knows."""
+    needed, free = needed_memory(case, _config(case), providers), free_memory(device)
+    if free is None or needed <= free:
+        return None
+    return f"it may need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free"
 
 
 def needed_memory(case: ModelCase, config: EncoderConfig, providers: int) -> int:

@@ -4,15 +4,17 @@ An engine gets reference PyTorch's module with the case's weights, in the form t
 the same length, with the padding mask. Converting, compiling and packing weights come before the timing; threads are
 those of the run. Adding a peer is adding an entry to ``PEERS``.
 
-An engine is tried on a toy model in a process of its own first: one that crashes there, as some do on some processors,
-is missing from the run and does not end it. ``python -m beit3_fast.bench.model_peers NAME DTYPE`` is that process,
-started through :mod:`.isolation`.
+An engine is tried on the case in a process of its own first: one that crashes there, as some do on some processors,
+runs out of memory or does not come to an end is missing from the run and does not end it. ``python -m
+beit3_fast.bench.model_peers NAME`` is that process, started through :mod:`.isolation` with the case on its standard
+input.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib
+import pickle
 import sys
 import tempfile
 import warnings
@@ -27,21 +29,11 @@ from torch import Tensor, nn
 
 from beit3_fast.models import EncoderConfig
 
-from . import isolation
-from .cases import ModelCase, check_known, dtype_name
+from . import isolation, model
+from .cases import ModelCase, check_known
 from .model import Provider, Run, Setup, in_bfloat16, under_autocast
 
 MODULE = "beit3_fast.bench.model_peers"
-TRIAL = ModelCase("trial", "base", 2, 32, 6, (4, 6))
-TRIAL_CONFIG: dict[str, Any] = {
-    "encoder_embed_dim": 64,
-    "encoder_attention_heads": 2,
-    "encoder_ffn_embed_dim": 128,
-    "encoder_layers": 1,
-    "vocab_size": 100,
-    "img_size": 32,
-}
-
 Missing = Callable[[ModelCase, torch.device], "str | None"]
 
 
@@ -86,7 +78,7 @@ def _timm(setup: Setup) -> Run:
     from timm.models.vision_transformer import checkpoint_filter_fn
 
     config = setup.config
-    model = timm.create_model(
+    tower = timm.create_model(
         "beit3_base_patch16_224",
         img_size=config.img_size,
         patch_size=config.patch_size,
@@ -98,12 +90,12 @@ def _timm(setup: Setup) -> Run:
         global_pool="token",  # the final LayerNorm is that of all tokens
     )
     released = {f"beit3.{name}": tensor.clone() for name, tensor in setup.weights.items()}
-    state = checkpoint_filter_fn(released, model)
+    state = checkpoint_filter_fn(released, tower)
     for part in ("weight", "bias"):
         state[f"norm.{part}"] = state.pop(f"layer_norm.{part}")  # no released image model has one
-    model.load_state_dict(state, strict=True)
-    model = model.to(device=setup.device, dtype=setup.case.dtype).eval()
-    return lambda: model.forward_features(setup.inputs.visual_tokens)
+    tower.load_state_dict(state, strict=True)
+    tower = tower.to(device=setup.device, dtype=setup.case.dtype).eval()
+    return lambda: tower.forward_features(setup.inputs.visual_tokens)
 
 
 def _images_alone(case: ModelCase, device: torch.device) -> str | None:
@@ -221,7 +213,7 @@ def _cpu(case: ModelCase, device: torch.device) -> str | None:
 
 def _survives(name: str) -> Missing:
     def missing(case: ModelCase, device: torch.device) -> str | None:
-        return _trial(name, dtype_name(case.dtype))
+        return _trial(name, case)
 
     return missing
 
@@ -244,14 +236,14 @@ def _engine(name: str, *reasons: Missing) -> Missing:
 
 
 @functools.cache
-def _trial(name: str, dtype: str) -> str | None:
-    """Runs an engine on a toy model in a process of its own; why it cannot be used, None if it can."""
-    end, _ = isolation.run(MODULE, [name, dtype])
-    return None if end is None else f"cannot run a toy model: {end}"
+def _trial(name: str, case: ModelCase) -> str | None:
+    """Runs an engine on the case in a process of its own; why it cannot be used, None if it can."""
+    end, _ = isolation.run(MODULE, [name], pickle.dumps((case, model._config(case), torch.get_num_threads())))
+    return None if end is None else f"cannot run in a process of its own: {end}"
 
 
-def try_out(name: str, dtype: str) -> None:
-    """Builds the engine for a toy model and runs it once.
+def try_out(name: str, case: ModelCase, config: EncoderConfig) -> None:
+    """Builds the engine for a case and runs it once.
 
     Raises:
         ValueError: an unknown name, or a result that is not finite.
@@ -259,8 +251,7 @@ def try_out(name: str, dtype: str) -> None:
     """
     check_known("provider", name, [provider.name for provider in PEERS])
     (provider,) = (provider for provider in PEERS if provider.name == name)
-    case = ModelCase(**{**vars(TRIAL), "dtype": getattr(torch, dtype)})
-    setup = Setup(case, torch.device("cpu"), EncoderConfig(**TRIAL_CONFIG))
+    setup = Setup(case, torch.device("cpu"), config)
     with torch.no_grad():
         run = provider.build(setup)
     with setup.running():
@@ -295,4 +286,6 @@ PEERS = (
 
 
 if __name__ == "__main__":
-    try_out(*sys.argv[1:])
+    tried_case, its_config, threads = pickle.load(sys.stdin.buffer)
+    torch.set_num_threads(threads)
+    try_out(sys.argv[1], tried_case, its_config)

@@ -29,9 +29,18 @@ from . import model, parity, reference
 from .cases import ModelCase
 from .model import BASELINE, OURS, Provider, Run
 from .model_peers import PEERS as FORWARD_PEERS
-from .model_peers import TRIAL, TRIAL_CONFIG, public_backbone
+from .model_peers import public_backbone
 
 LEARNING_RATE = 1e-5
+SMALL = ModelCase("small", "base", 2, 32, 6, (4, 6))
+SMALL_CONFIG: dict[str, Any] = {
+    "encoder_embed_dim": 64,
+    "encoder_attention_heads": 2,
+    "encoder_ffn_embed_dim": 128,
+    "encoder_layers": 1,
+    "vocab_size": 100,
+    "img_size": 32,
+}
 LEAST_SCALE = 1e-3
 """Of the largest gradient. What a key's bias adds to all of a query's scores, the softmax takes away: its gradient is a
 sum that cancels, and its rounding error is measured on this scale rather than on its own."""
@@ -141,7 +150,7 @@ def memory(case: ModelCase, config: EncoderConfig, name: str) -> Memory | None:
 def _measure(case: ModelCase, config: EncoderConfig, name: str, threads: int) -> Memory:
     torch.set_num_threads(threads)
     device = torch.device("cpu")
-    _step(Setup(TRIAL, device, EncoderConfig(**TRIAL_CONFIG)), BACKBONES[name])()  # imports what a step imports
+    _step(Setup(SMALL, device, EncoderConfig(**SMALL_CONFIG)), BACKBONES[name])()  # imports what a step imports
     idle = _resident("VmRSS")
     setup = Setup(case, device, config)
     step = _step(setup, BACKBONES[name])

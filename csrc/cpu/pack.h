@@ -171,7 +171,8 @@ void pack_pairs(const Matrix<Word>& out, const Source& source, int64_t first, in
     // rows lie apart, so the processor fetches none of them ahead by itself
     for (int64_t r = i + ahead; r < least(i + ahead + elements<Word>, count); ++r) {
       const char* const row = reinterpret_cast<const char*>(source.row(first + r));
-      for (int64_t at = 0; at < width * static_cast<int64_t>(sizeof(*source.row(0))); at += 64) __builtin_prefetch(row + at);
+      for (int64_t at = 0; at < width * static_cast<int64_t>(sizeof(*source.row(0))); at += 64)
+        __builtin_prefetch(row + at);
     }
     for (int64_t n = 0; n < width; n += lanes<float>) {
       Words<Word> words{};

@@ -14,7 +14,8 @@ constexpr int64_t work_per_thread = 1024 * 1024;
 constexpr int64_t elements_per_thread = 32 * 1024;
 
 // Rows that stay in a second-level cache from panel to panel: 576 KiB of floats at a depth of 768. 396 rows are 4 %
-// slower, all of a batch's 10 %. Rows of a weight's gradient are as deep as the batch has tokens: of those so many words.
+// slower, all of a batch's 10 %. Rows of a weight's gradient are as deep as the batch has tokens: of those so many
+// words.
 constexpr int64_t rows_in_cache = 192, words_in_cache = rows_in_cache * 768;
 
 // Computes products whose operands are of type `operands` and whose C is of type `out`. An element of C is one

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import subprocess
 import types
 
@@ -149,28 +150,28 @@ def test_onnxruntime_has_no_bfloat16():
     ("returncode", "stderr", "reason"),
     [
         (0, "", None),
-        (-8, "", "cannot run a toy model: died with SIGFPE"),
-        (-11, "Segmentation fault", "cannot run a toy model: died with SIGSEGV"),
+        (-8, "", "cannot run in a process of its own: died with SIGFPE"),
+        (-11, "Segmentation fault", "cannot run in a process of its own: died with SIGSEGV"),
         (
             1,
             "Traceback\nImportError: built for torch 2.9\n",
-            "cannot run a toy model: ImportError: built for torch 2.9",
+            "cannot run in a process of its own: ImportError: built for torch 2.9",
         ),
-        (1, "", "cannot run a toy model: ended with exit code 1"),
+        (1, "", "cannot run in a process of its own: ended with exit code 1"),
     ],
 )
 def test_an_engine_is_tried_in_a_process_of_its_own_once(returncode, stderr, reason, monkeypatch):
     started = []
 
     def process(command, **options):
-        started.append(command[1:])
+        started.append((command[1:], pickle.loads(options["input"])[:2]))
         return types.SimpleNamespace(returncode=returncode, stdout=b"", stderr=stderr.encode())
 
     monkeypatch.setattr(model_peers, "find_spec", lambda package: object())
     monkeypatch.setattr(subprocess, "run", process)
     for _ in range(2):
         assert PEERS["zentorch"].missing(BFLOAT16, CPU) == reason
-    assert started == [["-m", "beit3_fast.bench.model_peers", "zentorch", "bfloat16"]]
+    assert started == [(["-m", "beit3_fast.bench.model_peers", "zentorch"], (BFLOAT16, CONFIG))]
 
 
 def test_an_engine_that_hangs_is_missing(monkeypatch):
@@ -179,7 +180,7 @@ def test_an_engine_that_hangs_is_missing(monkeypatch):
 
     monkeypatch.setattr(model_peers, "find_spec", lambda package: object())
     monkeypatch.setattr(subprocess, "run", process)
-    assert PEERS["openvino"].missing(CASE, CPU) == "cannot run a toy model: did not finish in 600 s"
+    assert PEERS["openvino"].missing(CASE, CPU) == "cannot run in a process of its own: did not finish in 600 s"
 
 
 def test_the_trial_builds_and_runs_the_engine(monkeypatch):
@@ -187,11 +188,11 @@ def test_the_trial_builds_and_runs_the_engine(monkeypatch):
 
     def build(setup):
         seen.append(setup.case.dtype)
-        return lambda: torch.full((2, 11, 64), torch.nan)
+        return lambda: torch.full((3, 11, 64), torch.nan)
 
     monkeypatch.setattr(model_peers, "PEERS", (Provider("engine", build, peer=True),))
     with pytest.raises(ValueError, match="not finite"):
-        model_peers.try_out("engine", "bfloat16")
+        model_peers.try_out("engine", BFLOAT16, CONFIG)
     assert seen == [torch.bfloat16]
 
 
