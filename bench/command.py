@@ -34,7 +34,9 @@ from .timing import MIN_ROUNDS
 
 DEFAULT_ROUNDS = 14
 """Enough for ``bench compare`` to judge 200 cases at once."""
-QUICK_OP_ROUNDS = 20
+QUICK_ROUNDS = 12
+"""Enough for 51 cases: a quick run of all kinds has fewer."""
+QUICK_OP_ROUNDS = 16
 """Of calls that take milliseconds: an interval that a few disturbed rounds do not widen."""
 QUICK_MODEL_CASES = ("base-joint",)
 """Of a quick run of all kinds."""
@@ -82,7 +84,7 @@ def model(
     if base is not None:
         return _against(base, chosen, options, alone=not (providers or peers or compiled))
     check_providers(providers)
-    rounds = options.rounds or DEFAULT_ROUNDS
+    rounds = options.rounds or (QUICK_ROUNDS if options.quick else DEFAULT_ROUNDS)
     results: list[CaseResult] = []
     with options.started(rounds=rounds) as running:
         roofs = _roofs(running, options, MODEL_DTYPES)
