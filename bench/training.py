@@ -1,7 +1,8 @@
 """Training in ``bench model``: a step of forward, backward and AdamW, and the memory that it takes.
 
 Right is who has the gradients of reference PyTorch in float64. The gradient of the output is random, and zero at
-padded positions. Models have no dropout and no drop path, so that everybody computes the same.
+padded positions. Models have no dropout and no drop path, so that everybody computes the same. AdamW is PyTorch's, made
+as the public code makes it, and again with ``fused=True``: one pass over weights, gradients and moments.
 
 Memory is the resident memory of a process of its own that makes one step after another and nothing else.
 """
@@ -17,6 +18,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ from beit3_fast.models import BEiT3, EncoderConfig, released_gradients
 
 from . import model, parity, reference
 from .cases import ModelCase
-from .model import BASELINE, OURS, Provider, Run
+from .model import BASELINE, FUSED_ADAMW, OURS, Provider, Run
 from .model_peers import PEERS as FORWARD_PEERS
 from .model_peers import public_backbone
 
@@ -99,9 +101,9 @@ def _gradients(backbone: nn.Module) -> dict[str, Tensor]:
     return {name: gradient for name, gradient in released_gradients(backbone).items() if gradient is not None}
 
 
-def _step(setup: Setup, make: Callable[[EncoderConfig], nn.Module]) -> Run:
+def _step(setup: Setup, make: Callable[[EncoderConfig], nn.Module], fused: bool | None = None) -> Run:
     backbone = setup.build(make).train().requires_grad_()
-    optimizer = torch.optim.AdamW(backbone.parameters(), lr=LEARNING_RATE)
+    optimizer = torch.optim.AdamW(backbone.parameters(), lr=LEARNING_RATE, fused=fused)
 
     def run() -> Gradients:
         optimizer.zero_grad()
@@ -113,13 +115,16 @@ def _step(setup: Setup, make: Callable[[EncoderConfig], nn.Module]) -> Run:
 
 
 _PUBLIC = next(peer for peer in FORWARD_PEERS if peer.name == "public")
-BACKBONES: dict[str, Callable[[EncoderConfig], nn.Module]] = {
-    BASELINE: reference.BEiT3,
-    OURS.name: BEiT3,
-    _PUBLIC.name: public_backbone,
+_PUBLIC_FUSED = replace(_PUBLIC, name=f"{_PUBLIC.name}, fused AdamW")
+STEPS: dict[str, Callable[[Setup], Run]] = {
+    BASELINE: partial(_step, make=reference.BEiT3),
+    OURS.name: partial(_step, make=BEiT3),
+    FUSED_ADAMW: partial(_step, make=BEiT3, fused=True),
+    _PUBLIC.name: partial(_step, make=public_backbone),
+    _PUBLIC_FUSED.name: partial(_step, make=public_backbone, fused=True),
 }
-OWN = [Provider(name, lambda setup, make=BACKBONES[name]: _step(setup, make)) for name in (BASELINE, OURS.name)]
-PEERS = [replace(_PUBLIC, build=lambda setup: _step(setup, public_backbone))]
+OWN = [Provider(name, STEPS[name]) for name in (BASELINE, OURS.name, FUSED_ADAMW)]
+PEERS = [replace(peer, build=STEPS[peer.name]) for peer in (_PUBLIC, _PUBLIC_FUSED)]
 
 
 # ---- memory ----
@@ -150,10 +155,10 @@ def memory(case: ModelCase, config: EncoderConfig, name: str) -> Memory | None:
 def _measure(case: ModelCase, config: EncoderConfig, name: str, threads: int) -> Memory:
     torch.set_num_threads(threads)
     device = torch.device("cpu")
-    _step(Setup(SMALL, device, EncoderConfig(**SMALL_CONFIG)), BACKBONES[name])()  # imports what a step imports
+    STEPS[name](Setup(SMALL, device, EncoderConfig(**SMALL_CONFIG)))()  # imports what a step imports
     idle = _resident("VmRSS")
     setup = Setup(case, device, config)
-    step = _step(setup, BACKBONES[name])
+    step = STEPS[name](setup)
     held = 4 * sum(tensor.nbytes for tensor in setup.weights.values())  # weights, gradients, two moments
     setup.weights.clear()
     gc.collect()

@@ -155,10 +155,11 @@ def _layer_pieces(attention_experts: int, ffn_experts: int) -> list[Piece]:
     return pieces
 
 
-def _in_parts(layers: Sequence[nn.Module], x: Tensor, layout: TokenLayout, mask: str | Tensor) -> Tensor:
-    """All layers for some samples, then for the next ones: what lies between two layers stays small, and its memory is
-    used again, where for that of a large batch the system has to give new pages in every layer."""
-    parts = layout.parts(max(1, BYTES_AT_ONCE // (x.shape[1] * x.element_size())))
+def _in_parts(
+    layers: Sequence[nn.Module], x: Tensor, layout: TokenLayout, mask: str | Tensor, parts: Sequence[TokenLayout]
+) -> Tensor:
+    """All layers for the samples of one part, then for the next ones: what lies between two layers stays small, and its
+    memory is used again, where for that of a large batch the system has to give new pages in every layer."""
     vision, text = x.split([layout.num_vision_rows, layout.num_text_rows])
     seen = list(vision.split([part.num_vision_rows for part in parts]))
     words = list(text.split([part.num_text_rows for part in parts]))
@@ -227,8 +228,10 @@ class Encoder(nn.Module):
             and store is None
             and not (self.training or torch.is_grad_enabled() or torch.compiler.is_compiling())
         ):
-            early = layers if keep is None else layers[:-1]  # what is kept lies in rows of all samples
-            x, layers = _in_parts(early, x, layout, mask), layers[len(early) :]
+            parts = layout.parts(max(1, BYTES_AT_ONCE // (x.shape[1] * x.element_size())))
+            if len(parts) > 1:
+                early = layers if keep is None else layers[:-1]  # what is kept lies in rows of all samples
+                x, layers = _in_parts(early, x, layout, mask, parts), layers[len(early) :]
         row_sample = layout.row_sample if self.training and self.drop_path_rate > 0 else None
         for layer in layers:
             arguments = (x, layout, mask, store, row_sample, keep if layer is self.layers[-1] else None)

@@ -100,19 +100,14 @@ class Share {
 
   void close() { left_ = tasks.size(); }
 
-  const ProductTask* next() {
+  // The first task that is left, or the last; null where none is.
+  const ProductTask* take(bool from_front) {
     for (uint64_t left = left_;;) {
       const uint64_t first = left >> 32, end = left & 0xffffffffu;
       if (first == end) return nullptr;
-      if (left_.compare_exchange_weak(left, left + (uint64_t{1} << 32))) return &tasks[first];
-    }
-  }
-
-  const ProductTask* last() {
-    for (uint64_t left = left_;;) {
-      const uint64_t first = left >> 32, end = left & 0xffffffffu;
-      if (first == end) return nullptr;
-      if (left_.compare_exchange_weak(left, left - 1)) return &tasks[end - 1];
+      if (left_.compare_exchange_weak(left, from_front ? left + (uint64_t{1} << 32) : left - 1)) {
+        return &tasks[from_front ? first : end - 1];
+      }
     }
   }
 
@@ -156,13 +151,11 @@ std::vector<Share> shares_of(const std::vector<Product>& products, const std::ve
 // What a thread computes in.
 class Worker {
  public:
-  Worker(const std::vector<Share>& shares, Kernel kernel, Pack pack) : kernel_(kernel), pack_(pack) {
+  Worker(const std::vector<Product>& products, Kernel kernel, Pack pack) : kernel_(kernel), pack_(pack) {
     int64_t bytes = 0, words = 0;
-    for (const Share& share : shares) {
-      for (const ProductTask& task : share.tasks) {
-        bytes = std::max(bytes, product_scratch(task.rows, task.product->depth));
-        if (task.product->a_across) words = std::max(words, packed_rows_of(task.rows) * task.product->left_stride);
-      }
+    for (const Product& p : products) {
+      bytes = std::max(bytes, product_scratch(rows_at_once(p), p.depth));
+      if (p.a_across) words = std::max(words, packed_rows_of(rows_at_once(p)) * p.left_stride);
     }
     scratch_.emplace(bytes);
     columns_of_a_.emplace(words * 4);
@@ -207,12 +200,12 @@ void run_products(std::vector<Product> products, ScalarType operands, ScalarType
   const Kernel kernel = kernel_of(operands, out, products.front().column_scales != nullptr);
   const auto pack = BEIT3_KERNEL_OF(pack_left, operands);
   torch::stable::parallel_for(0, threads, 1, [&](int64_t begin, int64_t end) {
-    Worker worker(shares, kernel, pack);
+    Worker worker(products, kernel, pack);
     for (int64_t s = begin; s < end; ++s) {
-      while (const ProductTask* task = shares[s].next()) worker.run(*task);
+      while (const ProductTask* task = shares[s].take(true)) worker.run(*task);
     }
     for (int64_t s = end; s < end + threads; ++s) {
-      while (const ProductTask* task = shares[s % threads].last()) worker.run(*task);
+      while (const ProductTask* task = shares[s % threads].take(false)) worker.run(*task);
     }
   });
 }

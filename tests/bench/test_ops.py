@@ -631,7 +631,7 @@ def test_command_prints_and_keeps_everything(toy_command, tmp_path, capsys):
 
     kept = json.loads(target.read_text())
     assert (kept["schema"], kept["kind"], kept["complete"]) == (1, "ops", True)
-    assert kept["settings"] == {"device": "cpu", "rounds": 20}
+    assert kept["settings"] == {"device": "cpu", "rounds": command.QUICK_OP_ROUNDS}
     assert kept["machine"]["torch"] == torch.__version__
     assert kept["roofs"] == {
         "bandwidth_gb_s": 10,
@@ -674,9 +674,10 @@ def test_command_prints_and_keeps_everything(toy_command, tmp_path, capsys):
     assert set(attention["providers"][0]["errors"]) == {"qkv"}
     pairs = zip(reference["time_ms"]["rounds"], ours["time_ms"]["rounds"], strict=True)
     ratios = sorted(theirs / our for theirs, our in pairs)
-    assert reference["speedup"]["median"] == pytest.approx((ratios[9] + ratios[10]) / 2)
-    # of 20 values, the 6th from either end
-    assert (reference["speedup"]["low"], reference["speedup"]["high"]) == pytest.approx((ratios[5], ratios[-6]))
+    assert len(ratios) == command.QUICK_OP_ROUNDS == 16
+    assert reference["speedup"]["median"] == pytest.approx((ratios[7] + ratios[8]) / 2)
+    # of 16 values, the 4th from either end
+    assert (reference["speedup"]["low"], reference["speedup"]["high"]) == pytest.approx((ratios[3], ratios[-4]))
     assert ours["roof"] == {"share": pytest.approx(13312 / 1e10 / ours["time_ms"]["median"] * 1e3), "bound": "memory"}
 
 
