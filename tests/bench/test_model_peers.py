@@ -214,18 +214,19 @@ class TestSelection:
         own = ["reference", "reference, autocast", "beit3_fast", "beit3_fast, optimized"]
         assert self.names() == own
         assert self.names(compiled=True) == [*own, "reference, compiled"]
-        assert self.names("training") == ["reference", "beit3_fast"]
+        assert self.names("training") == ["reference", "beit3_fast", "beit3_fast, fused AdamW"]
         assert self.names("captioning") == ["public loop", "beit3_fast", "beit3_fast, optimized"]
 
     def test_peers(self):
         peers = ["beit3_fast, int8", "reference, compiled", "public", "public, autocast", "timm", *ENGINES, "tensorrt"]
         assert self.names(peers=True) == [*self.names(), *peers]
-        assert self.names("training", peers=True) == ["reference", "beit3_fast", "public"]
+        assert self.names("training", peers=True) == [*self.names("training"), "public", "public, fused AdamW"]
 
     def test_named_ones_come_with_the_reference_and_ours(self):
         ours = ["reference", "beit3_fast", "beit3_fast, optimized"]
         assert self.names("forward", ["openvino", "public"]) == [*ours, "public", "openvino"]
-        assert self.names("training", ["openvino"]) == ["reference", "beit3_fast"]
+        assert self.names("training", ["openvino"]) == self.names("training")
+        assert self.names("training", ["public"]) == [*self.names("training"), "public"]
         assert self.names("captioning", ["openvino"]) == ["public loop", *ours[1:]]
 
     def test_unknown(self):
