@@ -14,7 +14,6 @@ import gc
 import json
 import pickle
 import re
-import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -27,7 +26,7 @@ from torch import Tensor, nn
 
 from beit3_fast.models import BEiT3, EncoderConfig, released_gradients
 
-from . import model, parity, reference
+from . import isolation, model, parity, reference
 from .cases import ModelCase
 from .model import BASELINE, FUSED_ADAMW, OURS, Provider, Run
 from .model_peers import PEERS as FORWARD_PEERS
@@ -143,13 +142,10 @@ def memory(case: ModelCase, config: EncoderConfig, name: str) -> Memory | None:
     """What the provider of that name takes for a step on the CPU, beyond an idle process; None where the system does
     not tell, or the process failed."""
     given = pickle.dumps((case, config, name, torch.get_num_threads()))
-    try:
-        done = subprocess.run(
-            [sys.executable, "-m", "beit3_fast.bench.training"], input=given, capture_output=True, check=True
-        )
-    except subprocess.CalledProcessError:  # killed for memory, no /proc: the times stand without it
+    end, printed = isolation.run("beit3_fast.bench.training", [], given)
+    if end is not None:  # killed for memory, no /proc: the times stand without it
         return None
-    return Memory(**json.loads(done.stdout.splitlines()[-1]))
+    return Memory(**json.loads(printed.splitlines()[-1]))
 
 
 def _measure(case: ModelCase, config: EncoderConfig, name: str, threads: int) -> Memory:
