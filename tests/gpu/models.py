@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import zlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from beit3_fast.models import EncoderConfig
+from beit3_fast.models import EncoderConfig, released_gradients
 
-from .machine import BASE, DEVICE, REAL
+from .machine import BASE, DEVICE, REAL, Precision
 
 LAYERS = 2
 IMAGE, PATCH = (224, 16) if REAL else (32, 8)
@@ -111,3 +113,32 @@ def outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
         return {"patches": patches, "words": words, "loss": loss}
     loss, vision, language = model(batch.image, batch.tokens, batch.padding)
     return {"vision": vision, "language": language, "loss": loss}
+
+
+def values_and_gradients(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
+    """What the head returns, its loss, and the loss's gradients by released name."""
+    model.zero_grad(set_to_none=True)
+    result = outputs(model, batch)
+    result["loss"].backward()
+    gradients = {name: value.detach() for name, value in released_gradients(model).items() if value is not None}
+    return {name: value.detach() for name, value in result.items()} | gradients
+
+
+@dataclass(frozen=True)
+class Way:
+    """How a model runs: in a precision of its own, or in fp32 under autocast."""
+
+    precision: Precision
+    autocast: bool = False
+
+    def __str__(self) -> str:
+        return f"autocast to {self.precision}" if self.autocast else str(self.precision)
+
+    @property
+    def model_dtype(self) -> torch.dtype:
+        return torch.float32 if self.autocast else self.precision.dtype
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        with self.precision.set(), torch.autocast(DEVICE.type, self.precision.dtype, enabled=self.autocast):
+            yield

@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
-from dataclasses import dataclass
-from typing import Any
 
 import pytest
 import torch
@@ -21,11 +18,10 @@ from beit3_fast.models import (
     BEiT3ForRetrieval,
     BEiT3ForVisualQuestionAnswering,
     BEiT3ForVisualReasoning,
-    released_gradients,
 )
 
 from .machine import BF16, DEVICE, FP16, FP32, TF32, Precision, never_waiting, served
-from .models import Batch, batch_of, config, model_of, outputs
+from .models import Batch, Way, batch_of, config, model_of, outputs, values_and_gradients
 
 HEADS: dict[type[nn.Module], dict[str, int]] = {
     BEiT3ForImageClassification: {"num_classes": 7},
@@ -37,41 +33,12 @@ HEADS: dict[type[nn.Module], dict[str, int]] = {
 }
 
 
-@dataclass(frozen=True)
-class Way:
-    """How a model runs: in a precision of its own, or in fp32 under autocast."""
-
-    precision: Precision
-    autocast: bool = False
-
-    def __str__(self) -> str:
-        return f"autocast to {self.precision}" if self.autocast else str(self.precision)
-
-    @property
-    def model_dtype(self) -> torch.dtype:
-        return torch.float32 if self.autocast else self.precision.dtype
-
-    @contextlib.contextmanager
-    def running(self) -> Any:
-        with self.precision.set(), torch.autocast(DEVICE.type, self.precision.dtype, enabled=self.autocast):
-            yield
-
-
 CASES = [
     *((kind, Way(FP32)) for kind in HEADS),
     *((kind, Way(BF16, autocast=True)) for kind in HEADS),
     *((BEiT3ForVisualQuestionAnswering, Way(precision)) for precision in (BF16, FP16, TF32)),
     (BEiT3ForRetrieval, Way(FP16, autocast=True)),
 ]
-
-
-def values_and_gradients(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """What the head returns, its loss, and the loss's gradients by released name."""
-    model.zero_grad(set_to_none=True)
-    result = outputs(model, batch)
-    result["loss"].backward()
-    gradients = {name: value.detach() for name, value in released_gradients(model).items() if value is not None}
-    return {name: value.detach() for name, value in result.items()} | gradients
 
 
 def errors(actual: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
