@@ -46,7 +46,7 @@ def test_nothing_waits(what: str) -> None:
     inputs = case.inputs()
     cotangents = case.cotangents(inputs)
     case.run(inputs, cotangents)  # compiles
-    function = case.function()  # makes offsets, which nothing is waited for either
+    function = case.function()
     leaves = [value.requires_grad_() for value in inputs.values()]
     with never_waiting():
         result = function(**inputs)
