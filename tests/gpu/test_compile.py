@@ -27,7 +27,7 @@ def test_inference(precision: Precision, mode: str) -> None:
     """Several calls: CUDA graphs are captured at the second one and replayed from then on."""
     model = model_of(BEiT3ForVisualQuestionAnswering, num_classes=7, encoder_layers=1).to(precision.dtype)
     fast = compiled(model, mode)
-    with torch.no_grad():
+    with precision.set(), torch.no_grad():
         for seed in range(4):
             batch = batch_of(precision.dtype, seed=seed)
             arguments = batch.image, batch.tokens, batch.padding
