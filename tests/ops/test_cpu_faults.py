@@ -136,7 +136,7 @@ class Worked(Dataset[list[Tensor]]):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
 def test_forked_workers() -> None:
-    """Of a DataLoader, after the parent has used its threads; the parent is a new process, as autograd refuses to run in
+    """Of a DataLoader, after the parent has used its threads. The parent is a new process: autograd refuses to run in
     forks of one that has had a GPU, be it a pretended one."""
     with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         pool.submit(fork_workers).result()
