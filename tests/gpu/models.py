@@ -19,6 +19,7 @@ from .machine import BASE, DEVICE, REAL, Precision
 LAYERS = 2
 IMAGE, PATCH = (224, 16) if REAL else (32, 8)
 BATCH, TEXT, VOCABULARY = 4, 20, 200
+LOSS_SCALE = 1024  # fp16 would lose small gradients
 
 
 def config(**overrides: Any) -> EncoderConfig:
@@ -116,10 +117,10 @@ def outputs(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
 
 
 def values_and_gradients(model: nn.Module, batch: Batch) -> dict[str, Tensor]:
-    """What the head returns, its loss, and the gradients by released name of 1024 times that: fp16 loses small ones."""
+    """What the head returns, its loss, and the gradients by released name of `LOSS_SCALE` times that."""
     model.zero_grad(set_to_none=True)
     result = outputs(model, batch)
-    (1024 * result["loss"]).backward()
+    (LOSS_SCALE * result["loss"]).backward()
     gradients = {name: value.detach() for name, value in released_gradients(model).items() if value is not None}
     return {name: value.detach() for name, value in result.items()} | gradients
 

@@ -21,7 +21,7 @@ from beit3_fast.models import (
 )
 
 from .machine import BF16, DEVICE, FP16, FP32, TF32, Precision, never_waiting, served
-from .models import Batch, Way, batch_of, config, model_of, outputs, values_and_gradients
+from .models import LOSS_SCALE, Batch, Way, batch_of, config, model_of, outputs, values_and_gradients
 
 HEADS: dict[type[nn.Module], dict[str, int]] = {
     BEiT3ForImageClassification: {"num_classes": 7},
@@ -44,7 +44,8 @@ CASES = [
 def errors(actual: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, float]:
     """The root mean square error of each, of its own size, but of a thousandth of the largest gradient's at least.
 
-    The gradient of a key's bias cancels to next to nothing: its error is one of its weight's size.
+    The gradient of a key's bias cancels to next to nothing: its error is one of its weight's size. That of the one
+    number that scales a contrastive loss is a difference of terms of the loss's size.
     """
     assert actual.keys() == truth.keys()
     size = {name: value.double().square().mean().sqrt().item() for name, value in truth.items()}
@@ -52,11 +53,11 @@ def errors(actual: dict[str, Tensor], truth: dict[str, Tensor]) -> dict[str, flo
     relative = {}
     for name, exact in truth.items():
         assert actual[name].isfinite().all(), name
-        scale = size[name]
-        if "." in name:
-            scale = max(scale, 1e-3 * largest)
-        if name.endswith("k_proj.bias") or ".k_proj." in name:
-            scale = max(scale, size[name.removesuffix("bias") + "weight"] if name.endswith("bias") else scale)
+        scale = max(size[name], 1e-3 * largest) if "." in name else size[name]
+        if ".k_proj." in name and name.endswith("bias"):
+            scale = max(scale, size[name.removesuffix("bias") + "weight"])
+        if name == "logit_scale":
+            scale = max(scale, LOSS_SCALE * size["loss"])
         relative[name] = (actual[name].double() - exact).square().mean().sqrt().item() / scale
     return relative
 
@@ -106,7 +107,7 @@ def test_retrieval_against_reference_pytorch() -> None:
         lambda: reference.BEiT3ForRetrieval(config()), state, device=DEVICE, dtype=torch.float64
     )
     loss, vision, language = theirs(batch.image.double(), batch.tokens, batch.padding)
-    (1024 * loss).backward()
+    (LOSS_SCALE * loss).backward()
     truth = {"loss": loss.detach(), "vision": vision.detach(), "language": language.detach()}
     truth |= {name: value.grad for name, value in theirs.named_parameters() if value.grad is not None}
     found = errors({name: actual[name] for name in truth}, truth)
