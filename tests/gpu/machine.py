@@ -81,18 +81,16 @@ PRECISIONS = (BF16, FP16, FP32, TF32)
 
 # (vision, text) tokens of each sample, by rows in all. On sm_90 GEMMs take tiles of 64 and 128 rows (wgmma) from a few
 # hundred rows on: 210 is one image with its text, 1680 are 8 and 13440 are 64 of them; 700 and 2600 end inside a tile.
-LENGTHS: dict[int, tuple[list[int], list[int]]] = (
-    {
-        1: ([1], [0]),
-        210: ([197], [13]),
-        700: ([197] * 3, [64, 40, 5]),
-        1680: ([197] * 8, [13] * 8),
-        2600: ([577] * 4, [64, 100, 0, 128]),
-        13440: ([197] * 64, [13] * 64),
-    }
-    if REAL
-    else {1: ([1], [0]), 9: ([5], [4]), 31: ([10, 7], [5, 9])}
-)
+USERS: dict[int, tuple[list[int], list[int]]] = {
+    1: ([1], [0]),
+    210: ([197], [13]),
+    700: ([197] * 3, [64, 40, 5]),
+    1680: ([197] * 8, [13] * 8),
+    2600: ([577] * 4, [64, 100, 0, 128]),
+    13440: ([197] * 64, [13] * 64),
+}
+TINY = {1: ([1], [0]), 9: ([5], [4]), 31: ([10, 7], [5, 9])}
+LENGTHS = USERS if REAL else TINY
 ROWS = tuple(LENGTHS)
 LARGE_ROWS = (1680, 13440) if REAL else (31,)  # where wgmma runs
 
