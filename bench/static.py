@@ -12,6 +12,7 @@ launcher would compile it, and what is in the binary is read back:
                 narrow and few: they keep the share of a GEMM a little below 1
     blocks      that registers, shared memory and warps leave room for on a multiprocessor, and the share of its warps
                 (occupancy) that makes
+    hazards     writes to registers that a wgmma may still read (:mod:`.sass_hazards`); there must be none
 
 ``budget.json`` holds, per architecture, kernel and kind of number, the most registers and shared memory, the matrix
 instructions, and the least share of wide accesses.
@@ -45,6 +46,7 @@ from ..kernels import attention, decode_attention, multiway_ffn, multiway_linear
 from ..kernels.config import SHARED_MEMORY, Config, shared_memory
 from ..kernels.launch import Launch, record
 from .files import replacing
+from .sass_hazards import hazards
 
 SCHEMA = 1
 TRITON = version("triton")
@@ -310,7 +312,8 @@ def compiled(build: Build) -> Any:
 
 @dataclass(frozen=True)
 class Measured:
-    """Described above; `blocks` and `occupancy` are None where the limits are not known, `failure` may be a reason."""
+    """Described above; `blocks` and `occupancy` are None where the limits are not known, `failure` may be a reason.
+    `hazards` are in words."""
 
     registers: int = 0
     spills: int = 0
@@ -320,6 +323,7 @@ class Measured:
     blocks: int | None = None
     occupancy: float | None = None
     failure: str | None = None
+    hazards: tuple[str, ...] = ()
 
 
 def measure(build: Build) -> Measured:
@@ -351,7 +355,16 @@ def inspect_nvidia(kernel: Any, arch: int) -> Measured:
         _wide(_sass_bytes(opcode) for opcode in opcodes if re.match(r"(LDG|STG|LDGSTS|LD|ST|ATOMG?|REDG?)\b", opcode)),
         blocks,
         blocks * kernel.metadata.num_warps / ROOM[arch][0],
+        hazards=_hazards(assembly),
     )
+
+
+def _hazards(assembly: str) -> tuple[str, ...]:
+    """In words. Code that cannot be followed is one: nobody has seen that it is safe."""
+    try:
+        return tuple(map(str, hazards(assembly)))
+    except ValueError as error:
+        return (str(error),)
 
 
 def inspect_amd(kernel: Any) -> Measured:
@@ -505,6 +518,7 @@ class Row:
             min(outcome.wide for outcome in outcomes),
             min(blocks, default=None),
             min(occupancy, default=None),
+            hazards=tuple(hazard for outcome in outcomes for hazard in outcome.hazards),
         )
 
 
@@ -534,6 +548,9 @@ def problems(result: Result, allowed: Budget | None = None) -> list[str]:
     if got.failure is not None:
         return [f"does not compile: {got.failure} ({where})"]
     found = [f"spills {got.spills} bytes ({where})"] if got.spills else []
+    if got.hazards:
+        more = f" and {len(got.hazards) - 1} more" if len(got.hazards) > 1 else ""
+        found.append(f"hazard: {got.hazards[0]}{more} ({where})")
     limit = shared_memory(build.arch)
     if got.shared > limit:
         found.append(f"shared memory {got.shared} above the architecture's {limit} ({where})")
@@ -641,13 +658,13 @@ def broken(shown: Iterable[Row]) -> list[Text]:
 
 
 def unfit(results: Iterable[Result]) -> list[Text]:
-    """For each kernel a line of the configs that spill, do not fit or do not compile, wherever they were met."""
+    """For each kernel a line of the configs that spill, do not fit, do not compile or have hazards, wherever they were
+    met."""
     found: dict[Key, dict[str, str]] = {}
     for result in results:
         build, got = result.build, result.measured
         if problems(result):
-            why = "fails" if got.failure else f"{got.spills} B" if got.spills else f"{got.shared} B of shared memory"
-            found.setdefault(_key(result), {})[build.config] = why
+            found.setdefault(_key(result), {})[build.config] = _why_unfit(got)
     return [
         Text(
             f"{arch_name(arch)} {name} {numbers}: {len(configs)} unfit: "
@@ -655,6 +672,14 @@ def unfit(results: Iterable[Result]) -> list[Text]:
         )
         for (arch, name, numbers), configs in found.items()
     ]
+
+
+def _why_unfit(got: Measured) -> str:
+    if got.failure:
+        return "fails"
+    if got.hazards:
+        return f"{len(got.hazards)} hazards"
+    return f"{got.spills} B" if got.spills else f"{got.shared} B of shared memory"
 
 
 def document(results: Iterable[Result], budget: Mapping[Key, Budget]) -> dict[str, Any]:

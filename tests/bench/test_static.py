@@ -276,6 +276,8 @@ ALLOWED = Budget(104, 4096, "HMMA", 0.95)
         ({"tensor": "HGMMA+HMMA"}, "tensor-core instructions HGMMA+HMMA, not HMMA (64 w4 in a call)"),
         ({"wide": 0.94}, "128-bit share 0.940 below 0.95 (64 w4 in a call)"),
         ({"spills": 8}, "spills 8 bytes (64 w4 in a call)"),
+        ({"hazards": ("a writes to b",)}, "hazard: a writes to b (64 w4 in a call)"),
+        ({"hazards": ("a writes to b", "c", "d")}, "hazard: a writes to b and 2 more (64 w4 in a call)"),
     ],
 )
 def test_each_figure_is_held_to_the_budget(change, message):
