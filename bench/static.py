@@ -20,6 +20,7 @@ instructions, and the least share of wide accesses.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -32,7 +33,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -54,6 +55,8 @@ BUDGET_FILE = Path(__file__).with_name("budget.json")
 ARCHITECTURES = tuple(SHARED_MEMORY)
 """Compute capabilities, 80 for 8.0; 942 is AMD's gfx942."""
 
+Found = TypeVar("Found")
+
 NUMBERS = {
     "bfloat16": (torch.bfloat16, "ieee"),
     "float16": (torch.float16, "ieee"),
@@ -65,6 +68,7 @@ NUMBERS = {
 
 ROOM = {80: (64, 32), 86: (48, 16), 89: (48, 24), 90: (64, 32), 100: (64, 32), 120: (48, 24)}
 """Warps and blocks a multiprocessor holds (CUDA C++ Programming Guide, technical specifications)."""
+EMPTY_ATTRIBUTES = tuple(map(int, TRITON.split(".")[:2])) >= (3, 7)
 RESERVED_SHARED = 1024  # of each block, by the system; from sm_90 on the binary counts it as static shared memory
 
 
@@ -293,18 +297,26 @@ def _is_number(value: Any) -> bool:
 
 
 def compiled(build: Build) -> Any:
-    """Triton's compiled kernel; from its disk cache if it is there."""
+    """Triton's compiled kernel; from its disk cache if it is there, where the launcher finds it too."""
+    target = GPUTarget("hip", "gfx942", 64) if build.arch == 942 else GPUTarget("cuda", build.arch, 32)
+    return triton.compile(source(build), target=target, options=dict(build.options))
+
+
+def source(build: Build) -> ASTSource:
+    """What Triton's launcher would compile, to the letter: the cache goes by the text of all this."""
     kernel = getattr(importlib.import_module(build.kernel[0]), build.kernel[1])
-    amd = build.arch == 942
-    target = GPUTarget("hip", "gfx942", 64) if amd else GPUTarget("cuda", build.arch, 32)
-    signature, constants = dict(build.signature), dict(build.constants)
-    attributes = {(position,): [["tt.divisibility", 16]] for position in build.divisible}
-    if amd:  # buffers below 2 GB: 32-bit offsets reach all of them
-        for position, kind in enumerate(signature.values()):
-            if kind.startswith("*"):
-                attributes.setdefault((position,), []).append(["tt.pointer_range", 32])
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=dict(build.options))
+    constants = dict(build.constants)
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for position, (param, (name, kind)) in enumerate(zip(kernel.params, build.signature, strict=True)):
+        if kind == "constexpr":  # has no attributes: an empty list, which Triton 3.6 left out unless it is a text
+            described = EMPTY_ATTRIBUTES or isinstance(constants[name], str)
+        else:
+            described = kind != "fp32" and not param.do_not_specialize
+        if described:
+            attributes[(position,)] = [["tt.divisibility", 16]] * (position in build.divisible)
+            if build.arch == 942 and kind.startswith("*"):  # buffers below 2 GB: 32-bit offsets reach all of them
+                attributes[(position,)].append(["tt.pointer_range", 32])
+    return ASTSource(kernel, dict(build.signature), constants, attributes)
 
 
 # ---- what is in the binary -------------------------------------------------------------------------------------------
@@ -331,8 +343,24 @@ def measure(build: Build) -> Measured:
     try:
         kernel = compiled(build)
     except Exception as error:  # Triton and LLVM raise many kinds
-        return Measured(failure=(str(error).strip().splitlines() or [type(error).__name__])[0])
+        return Measured(failure=_first_line(error))
     return inspect_amd(kernel) if build.arch == 942 else inspect_nvidia(kernel, build.arch)
+
+
+def why_not(build: Build) -> str | None:
+    """Compiles, into Triton's disk cache. Why the build must not run: a compiler's error, a hazard; None if it may."""
+    try:
+        kernel = compiled(build)
+    except Exception as error:  # Triton and LLVM raise many kinds
+        return _first_line(error)
+    if build.arch != 90:  # no other has wgmma
+        return None
+    found = _hazards(_cuobjdump("-sass", kernel.asm["cubin"]))
+    return f"hazard: {found[0]}" if found else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def inspect_nvidia(kernel: Any, arch: int) -> Measured:
@@ -460,16 +488,33 @@ def run(
             f"{len(measured)} of {len(wanted)} compiled, last {build.name} {build.config} for {arch_name(build.arch)}"
         )
 
-    if workers == 1:
-        for build in wanted:
-            note(build, measure(build))
-    else:
-        # "spawn": a fork of a process in which PyTorch has started threads may hang
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            futures = {pool.submit(measure, build): build for build in wanted}
-            for future in as_completed(futures):
-                note(futures[future], future.result())
+    with each_in_processes(measure, workers) as measured_each:
+        for build, outcome in measured_each(wanted):
+            note(build, outcome)
     return [Result(build, call, budgeted, measured[build]) for build, (call, budgeted) in wanted.items()]
+
+
+@contextlib.contextmanager
+def each_in_processes(
+    function: Callable[[Build], Found], workers: int
+) -> Iterator[Callable[[Iterable[Build]], Iterator[tuple[Build, Found]]]]:
+    """Gives a function that calls `function` for every build and yields (build, result) as they come.
+
+    Args:
+        workers: processes, which live as long as the block; 1 for this one.
+    """
+    if workers == 1:
+        yield lambda builds: ((build, function(build)) for build in builds)
+        return
+    # "spawn": a fork of a process in which PyTorch has started threads may hang
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+
+        def each(builds: Iterable[Build]) -> Iterator[tuple[Build, Found]]:
+            futures = {pool.submit(function, build): build for build in builds}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+
+        yield each
 
 
 def cores() -> int:
