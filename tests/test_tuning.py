@@ -607,6 +607,9 @@ def test_bad_arguments(options, message, monkeypatch, cache):
 # ---- what is compiled ahead, and on what operands it is timed --------------------------------------------------------
 
 
+compiles = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: no compiler")
+
+
 class OnAGPU:
     """A problem whose tensors are meta tensors, and say that they are on a GPU."""
 
@@ -628,6 +631,7 @@ def two_tiles():
     return [{"fc1": dataclasses.replace(fc1, block_n=n), "fc2": fc2} for n in (64, 128)]
 
 
+@compiles
 def test_launches_are_compiled_once_and_only_what_they_need(gpu):
     asked = []
     compiled = tuning._Compiled(lambda builds: [(build, asked.append(build)) for build in builds])
@@ -641,6 +645,7 @@ def test_launches_are_compiled_once_and_only_what_they_need(gpu):
     assert asked[0].config == str(second["fc1"])
 
 
+@compiles
 def test_what_a_build_is_refused_for_holds_for_every_config_that_needs_it(gpu):
     first, second = two_tiles()
 
