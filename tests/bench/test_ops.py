@@ -452,6 +452,17 @@ def test_the_forward_is_not_in_the_time_of_the_backward():
     assert len(forwards) == 2
 
 
+def test_calls_that_are_made_ready_together_are_made_in_their_order():
+    case = case_of("layer_norm", backward=True)
+    problems = [bench.Problem(case, case.batch.layout(CPU), seed) for seed in range(3)]
+    call = bench.Call(REFERENCE, REFERENCE.builds["layer_norm"](case, problems[0].layout), problems)
+    single = [call() for _ in problems]
+    for _ in problems:
+        call.ready()
+    for alone in single:
+        assert all(torch.equal(a, b) for a, b in zip(alone, call(), strict=True))
+
+
 class FakeCall:
     def __init__(self, log):
         self.log = log

@@ -169,6 +169,12 @@ def test_an_iteration_that_leaves_out_the_wait():
     assert found(*[line for line in loop if "past" not in line]) == []
 
 
+def test_one_writer_on_two_paths_is_one_hazard():
+    """The paths differ in the groups that were closed on them."""
+    younger = WGMMA.replace("R64", "R72")
+    assert found(WGMMA, "@P0|BRA past", younger, "past:", "MOV R64, R1", WAIT) == [("MOV", False)]
+
+
 def test_paths_end_and_jumps_do_not_fall_through():
     assert found(WGMMA, "EXIT", "MOV R64, R1") == []
     assert found(WGMMA, "@P0|EXIT", "MOV R64, R1") == [("MOV", False)]
