@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from beit3_fast.kernels.config import Config, valid_row_configs, valid_weight_gradient_configs
+from beit3_fast.kernels.config import Config, shared_memory, valid_row_configs, valid_weight_gradient_configs
 
 from beit3_fast._candidates import MOST, PER_TILE, Product, _cost, _of_tile, promising
 
@@ -65,19 +65,25 @@ def test_the_larger_expert_of_a_weight_gradient_takes_longest():
     assert _cost(config, full[0], BF16, H100) == pytest.approx(_cost(config, full[1], BF16, H100)), "no room: the sum"
 
 
-def of_tile(block_m, block_n, warps=(4, 8)):
-    tile = [Config(block_m, block_n, k, w, s) for w in warps for k in (64, 128) for s in (2, 3, 4)]
-    return [str(config).partition(" ")[0] + str(config).partition(" ")[2] for config in _of_tile(tile, 90, BF16)]
+def tile_configs(block_m, block_n, warps=(4, 8)):
+    """All that fit an H100."""
+    configs = [Config(block_m, block_n, k, w, s) for w in warps for k in (64, 128) for s in (2, 3, 4)]
+    return [config for config in configs if config.pipeline_bytes(90, BF16) <= shared_memory(90)]
 
 
-def test_each_number_of_warps_and_deep_pipelines_first():
-    """What is most on the way while a tile is multiplied, unless a second block fits with less; what does not fit at
-    all comes last."""
-    assert of_tile(128, 128, [8]) == ["128x128x128w8 s3", "128x128x64w8 s4", "128x128x128w8 s2"]
-    assert of_tile(64, 128) == ["64x128x64w4 s4", "64x128x128w8 s4", "64x128x128w4 s2"]
-    assert of_tile(128, 256, [8]) == ["128x256x64w8 s4", "128x256x128w8 s2", "128x256x64w8 s3"], "128 s3 is 288 KB"
+@pytest.mark.parametrize(("block_m", "block_n"), [(128, 128), (64, 128), (64, 256)])
+def test_the_best_of_each_number_of_warps(block_m, block_n):
+    found = _of_tile(tile_configs(block_m, block_n), 90, BF16)
+    assert len(found) == len(set(found)) == PER_TILE
+    assert {config.warps for config in found[:2]} == {4, 8}
+    for first in found[:2]:
+        rivals = tile_configs(block_m, block_n, [first.warps])
+        most = max(config.blocks_per_multiprocessor(90, BF16) for config in rivals)
+        assert first.blocks_per_multiprocessor(90, BF16) == most, "blocks that fill each other's gaps"
+        deepest = [c for c in rivals if c.blocks_per_multiprocessor(90, BF16) == most]
+        assert (first.stages - 1) * first.block_k == max((c.stages - 1) * c.block_k for c in deepest)
 
 
 def test_no_more_warps_than_a_tile_keeps_busy():
-    assert all("w4" in config for config in of_tile(64, 64))
-    assert all("w4" in config for config in of_tile(16, 64, [4])), "where there is nothing better"
+    assert {config.warps for config in _of_tile(tile_configs(64, 64), 90, BF16)} == {4}
+    assert {config.warps for config in _of_tile(tile_configs(32, 64, [4]), 90, BF16)} == {4}, "there is nothing better"
