@@ -37,6 +37,7 @@ class ModelCase:
         truth: dtype of the reference run that errors are measured against; float64 where that does not take minutes.
         task: "forward"; "training", a step of forward, backward and AdamW; "captioning", ``CAPTION_BEAMS`` beams to
             ``CAPTION_TOKENS`` tokens.
+        gpu: it is sized for a GPU and would take minutes on a CPU, where it runs only if it is named.
     """
 
     name: str
@@ -48,6 +49,7 @@ class ModelCase:
     dtype: torch.dtype = torch.float32
     truth: torch.dtype = torch.float64
     task: str = "forward"
+    gpu: bool = False
 
     def lengths(self) -> list[int]:
         """Valid text tokens of every sample."""
@@ -77,6 +79,15 @@ MODEL_CASES = (
     ModelCase("base-captioning-480", "base", 1, 480, None, task="captioning"),
     ModelCase("base-training", "base", 4, 224, PADDED_TEXT, CAPTION_LENGTHS, task="training"),
     ModelCase("base-training-dense", "base", 4, 224, PADDED_TEXT, task="training"),
+    *(
+        ModelCase(f"base-{name}-bfloat16", "base", batch, 224, PADDED_TEXT, lengths, torch.bfloat16, truth, task, True)
+        for name, batch, lengths, truth, task in (
+            ("joint-64", 64, CAPTION_LENGTHS, torch.float32, "forward"),
+            ("joint-dense-64", 64, None, torch.float32, "forward"),
+            ("training-8", 8, CAPTION_LENGTHS, torch.float64, "training"),
+            ("training-64", 64, CAPTION_LENGTHS, torch.float32, "training"),
+        )
+    ),
 )
 
 QUICK_CASES = ("base-joint", "base-joint-dense", "base-image", "base-text")
@@ -114,10 +125,13 @@ def check_known(what: str, name: str, known: Iterable[str]) -> None:
         raise ValueError(f"{what} {name!r} is unknown{hint}")
 
 
-def select(names: Iterable[str], *, quick: bool = False, batch: int | None = None) -> list[ModelCase]:
+def select(
+    names: Iterable[str], *, quick: bool = False, batch: int | None = None, gpu: bool = False
+) -> list[ModelCase]:
     """The cases of these names in the order given; with no names all of them, or the quick ones.
 
-    ``quick`` also lowers every batch to at most ``QUICK_BATCH``; ``batch`` replaces every case's own.
+    ``quick`` also lowers every batch to at most ``QUICK_BATCH``; ``batch`` replaces every case's own. ``gpu`` says that
+    the cases run on a GPU: without it and without names, those that are sized for one are left out.
 
     Raises:
         ValueError: an unknown name (the nearest known ones are offered) or a batch below 1.
@@ -126,7 +140,8 @@ def select(names: Iterable[str], *, quick: bool = False, batch: int | None = Non
         raise ValueError(f"batch must be at least 1, got {batch}")
     known = {case.name: case for case in MODEL_CASES}
     chosen = []
-    for name in list(names) or (QUICK_CASES if quick else known):
+    everything = [name for name, case in known.items() if gpu or not case.gpu]
+    for name in list(names) or (QUICK_CASES if quick else everything):
         check_known("case", name, known)
         case = known[name]
         if batch is not None:

@@ -387,11 +387,22 @@ class TestCases:
                 assert max(case.lengths()) <= case.text_tokens
 
     def test_selection(self):
-        assert select([]) == list(MODEL_CASES)
+        assert select([], gpu=True) == list(MODEL_CASES)
         assert [case.name for case in select(["base-text", "base-image"])] == ["base-text", "base-image"]
         assert {case.batch for case in select([], quick=True)} == {2}
         assert {case.batch for case in select([], quick=True, batch=5)} == {5}
         assert select(["base-joint"], batch=11)[0].lengths()[8:] == list(select(["base-joint"])[0].lengths()[:3])
+
+    def test_what_is_sized_for_a_gpu_runs_on_a_cpu_only_if_it_is_named(self):
+        assert [case for case in MODEL_CASES if case not in select([])] == [case for case in MODEL_CASES if case.gpu]
+        sized = {case.name: (case.task, case.batch, case.dtype) for case in MODEL_CASES if case.gpu}
+        assert sized == {
+            "base-joint-64-bfloat16": ("forward", 64, torch.bfloat16),
+            "base-joint-dense-64-bfloat16": ("forward", 64, torch.bfloat16),
+            "base-training-8-bfloat16": ("training", 8, torch.bfloat16),
+            "base-training-64-bfloat16": ("training", 64, torch.bfloat16),
+        }
+        assert [case.name for case in select(["base-training-8-bfloat16"])] == ["base-training-8-bfloat16"]
 
     def test_bad_selection(self):
         with pytest.raises(ValueError, match=r"case 'base-jiont' is unknown; did you mean base-joint"):
