@@ -166,7 +166,7 @@ class FeedForward(nn.Module):
 class EncoderLayer(nn.Module):
     residual_scale = 1.0  # multiplied in all the same, as the public code does
 
-    def __init__(self, dim: int, heads: int, hidden: int, eps: float, attention: str) -> None:
+    def __init__(self, dim: int, heads: int, hidden: int, eps: float, attention: str = "explicit") -> None:
         super().__init__()
         self.self_attn = (FusedAttention if attention == "sdpa" else Attention)(dim, heads, eps)
         self.self_attn_layer_norm = Multiway(lambda: nn.LayerNorm(dim, eps=eps))
@@ -183,7 +183,7 @@ class EncoderLayer(nn.Module):
 class Encoder(nn.Module):
     embedding_scale = 1.0  # likewise
 
-    def __init__(self, config: Any, vision_tokens: int, attention: str) -> None:
+    def __init__(self, config: Any, vision_tokens: int, attention: str = "explicit") -> None:
         super().__init__()
         self.attention = attention
         dim, eps = config.encoder_embed_dim, config.layernorm_eps
