@@ -59,11 +59,17 @@ class Setup:
     baseline = BASELINE
     """The provider over which speed-ups are given."""
 
-    def __init__(self, case: ModelCase, device: torch.device, config: EncoderConfig | None = None) -> None:
+    def __init__(
+        self,
+        case: ModelCase,
+        device: torch.device,
+        config: EncoderConfig | None = None,
+        weights: dict[str, Tensor] | None = None,
+    ) -> None:
         self.case = case
         self.device = device
         self.config = config or _config(case)
-        self.weights = _weights(self.config, case.dtype, device)
+        self.weights = draw_weights(self.config, case.dtype, device) if weights is None else weights
         self.inputs = _inputs(case, self.config, device)
         self._references: dict[torch.dtype, nn.Module] = {}
 
@@ -379,7 +385,7 @@ def _config(case: ModelCase) -> EncoderConfig:
     return make(img_size=case.image_size or 224, normalize_output=True)
 
 
-def _weights(config: EncoderConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
+def draw_weights(config: EncoderConfig, dtype: torch.dtype, device: torch.device) -> dict[str, Tensor]:
     """Random weights under which mistakes show.
 
     Nothing is left at its default, since equal LayerNorms and zero biases hide a swap of experts. Matrices keep the

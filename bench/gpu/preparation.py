@@ -1,0 +1,36 @@
+"""What is made ready in the background while the first sections run: the CUDA library, and whatever compiles
+kernels when it first runs."""
+
+from __future__ import annotations
+
+import os
+import sys
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Task:
+    """A command that runs beside the first sections, for ``seconds`` at most."""
+
+    name: str
+    command: list[str]
+    seconds: float
+
+
+def tasks(dry: bool) -> list[Task]:
+    """Building the library where it does not load; compiling the Triton kernels, and what ``torch.compile`` makes."""
+    from beit3_fast import _extension
+
+    module = [sys.executable, "-m"]
+    tiny = ["--dry-run"] if dry else []
+    found = [
+        Task("warm", [*module, f"{__package__}.warm", *tiny], 100),
+        Task("compile", [*module, f"{__package__}.sections.compiled", *tiny], 130),
+    ]
+    if not dry and not _extension.status()["cuda"].loaded:
+        found.insert(0, Task("library", [*module, f"{__package__}.library"], 120))
+    return found
+
+
+def cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
