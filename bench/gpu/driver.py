@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -137,7 +138,7 @@ class Report:
                 deadline - time.monotonic(),
             )
             try:
-                ended = self._watch(process, section.stall)
+                ended = self._watch(process, section.stall, current)
             finally:
                 process.kill()
                 self._log(process)
@@ -154,16 +155,16 @@ class Report:
         else:
             self._note(section.name, "section", values={"seconds": seconds})
 
-    def _watch(self, process: _Process, stall: float) -> str:
+    def _watch(self, process: _Process, stall: float, current: Path) -> str:
         """How the process ended, empty if well; it may still be running."""
-        size, since = self._size(), time.monotonic()
+        size, since = self._size(), math.inf  # what comes before the first figure, imports, is no stall
         while True:
             code = process.poll()
             if code is not None:
                 return "" if code == 0 else _ending(code)
             if process.overdue:
                 return "stopped at its deadline"
-            if self._size() != size:
+            if self._size() != size or (since == math.inf and current.exists()):
                 size, since = self._size(), time.monotonic()
             if time.monotonic() - since > stall:
                 return f"stopped: no figure for {stall:g} s"

@@ -51,6 +51,11 @@ class DecodeStep:
         history = torch.arange(beams, dtype=torch.int32).expand(COLUMNS, beams)
         self.history = history.contiguous().to(setting.device)
 
+    @classmethod
+    def once(cls, model: Size, samples: int, dtype: torch.dtype, setting: Setting) -> Callable[[], Tensor]:
+        """A function that makes the step and runs it."""
+        return lambda: cls(model, samples, dtype, setting)()
+
     def __call__(self, op: Callable[..., Tensor] = ops.decode_attention, dtype: torch.dtype | None = None) -> Tensor:
         """(beams, width), in another dtype if one is given."""
         qkv, prefix, words = (t if dtype is None else t.to(dtype) for t in (self.qkv, self.prefix, self.words))

@@ -63,7 +63,7 @@ def build() -> None:
 
 
 def _put(built: Path) -> None:
-    """Into the package's folder, with a note of how it was built; whole or not at all, for whoever loads it meanwhile."""
+    """Into the package's folder, whole or not at all for who loads it meanwhile; with a note of how it was built."""
     notes = LIBRARY_FOLDER / "build.json"
     record = json.loads(notes.read_text(encoding="utf-8")) if notes.is_file() else {}
     record["cuda"] = {"built": True, "reason": f"built for the GPU at hand against torch {torch.__version__}"}

@@ -54,7 +54,7 @@ class Setups:
 
 
 def layout_of(setup: Setup) -> TokenLayout:
-    """Where the rows of the case's inputs are, lengths known on the host. Made once, so that a forward can be captured."""
+    """Where the rows of the case's inputs are. Made once, from lengths on the host: a forward can be captured then."""
     case, config = setup.case, setup.config
     vision = (config.img_size // config.patch_size) ** 2 + 1
     return TokenLayout.from_lengths(

@@ -1,4 +1,4 @@
-"""Compiles what later sections launch, in as many processes as there are cores: ``python -m beit3_fast.bench.gpu.warm``.
+"""Compiles what later sections launch, a process a core: ``python -m beit3_fast.bench.gpu.warm``.
 
 Triton compiles a kernel where it is first launched, about a second each, one after the other: minutes, in the time of
 whoever comes first. So every launch is made once here; what is compiled stays in Triton's cache, which all share.
@@ -7,18 +7,21 @@ whoever comes first. So every launch is made once here; what is compiled stays i
 from __future__ import annotations
 
 import argparse
-import contextlib
 import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterator
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
 
-from .kernel_cases import DecodeStep, cases
+from ..op_cases import OpCase, Shape
+from .kernel_cases import DecodeStep, shapes
 from .preparation import cores
-from .setting import REAL, TINY, Setting, models_and_batches
+from .sections import parity, roles
+from .setting import REAL, TINY, Setting
 
 MEMORY_A_PROCESS = 3 * 10**9
 """Of the GPU: a context, and the largest case."""
@@ -26,29 +29,27 @@ MEMORY_A_PROCESS = 3 * 10**9
 
 def work(setting: Setting) -> Iterator[Callable[[], object]]:
     """A call for everything that is compiled, what is needed first in front."""
-    from .sections import parity, roles
-
     for kind in parity.KINDS:
-        for model, samples in models_and_batches(setting.sizes):
-            for case in cases(model, setting.batch(samples), kind.dtype):
-                yield lambda case=case, kind=kind: _op(parity, case, kind, setting)  # type: ignore[misc]
-            yield lambda model=model, samples=samples, kind=kind: (  # type: ignore[misc]
-                DecodeStep(model, samples, kind.dtype, setting)()
-            )
+        for model in setting.sizes.models:
+            for shape in sorted(shapes(model), key=lambda shape: shape.op != "multiway_ffn"):  # the longest first
+                yield partial(_op, shape, kind, setting)
+            for samples in setting.sizes.batches:
+                yield DecodeStep.once(model, samples, kind.dtype, setting)
     seen = set()
-    for model, samples in models_and_batches(setting.sizes):
-        for role in ("forward", "dx", "dw"):
-            for gemm in model.gemms:
-                for config in roles.configs(setting, model, gemm, role, samples).values():
-                    if (model.name, gemm.name, role, config) not in seen:
-                        seen.add((model.name, gemm.name, role, config))
-                        given = model, gemm, role, samples, config
-                        yield lambda given=given: roles._launch(setting, *given)  # type: ignore[misc]
+    for product in roles.products(setting):
+        for config in roles.configs(setting, product).values():
+            if (alike := (replace(product, samples=0), config)) not in seen:  # kernels do not depend on the rows
+                seen.add(alike)
+                yield partial(roles.launch_of, setting, product, config)
 
 
-def _op(parity, case, kind, setting) -> None:  # type: ignore[no-untyped-def]
-    with parity._precision(kind.precision):
-        parity._Op(case, setting).ours()
+def _op(shape: Shape, kind: parity.Kind, setting: Setting) -> None:
+    """At every batch, in one process: most of what one compiles the next finds."""
+    for samples in setting.sizes.batches:
+        for backward in (False, True):
+            case = OpCase(shape, setting.batch(samples), kind.dtype, backward)
+            with parity.matmul_precision(kind.precision):
+                parity.OpResults(case, setting).ours()
 
 
 def main() -> int:
@@ -76,8 +77,6 @@ def _everybody(setting: Setting, options: list[str]) -> int:
     command = [sys.executable, "-m", __spec__.name, *options]
     processes = [subprocess.Popen([*command, "--share", str(index), str(count)]) for index in range(count)]
     ends = [process.wait() for process in processes]
-    with contextlib.suppress(OSError):
-        sys.stdout.flush()
     return int(any(ends))
 
 

@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -65,7 +66,7 @@ def figures(setting: Setting) -> list[Figure]:
 def run(record: Recorder, setting: Setting) -> None:
     setups = Setups(setting)
     for figure in figures(setting):
-        record.measure(figure.what, lambda: _measured(figure, setups, setting), **figure.about())  # noqa: B023
+        record.measure(figure.what, partial(_measured, figure, setups, setting), **figure.about())
 
 
 def _measured(figure: Figure, setups: Setups, setting: Setting) -> Mapping[str, Any]:
@@ -123,7 +124,8 @@ def _first_call(call: Callable[[], object], figure: Figure) -> None:
 def _everybody(count: int) -> int:
     command = [sys.executable, "-m", __spec__.name, *sys.argv[1:]]
     processes = [subprocess.Popen([*command, "--figure", str(index)]) for index in range(count)]
-    return int(any([process.wait() for process in processes]))
+    ends = [process.wait() for process in processes]  # all of them
+    return int(any(ends))
 
 
 if __name__ == "__main__":

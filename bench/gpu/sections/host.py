@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,9 +27,9 @@ CALLS = 4
 def run(record: Recorder, setting: Setting) -> None:
     setups = Setups(setting)
     for provider in ("ours", "optimized", "SDPA"):
-        record.measure("inference", lambda: _inference(setups, setting, provider), by=provider)  # noqa: B023
+        record.measure("inference", partial(_inference, setups, setting, provider), by=provider)
     for provider in ("ours", "SDPA"):
-        record.measure("training", lambda: _training(setups, setting, provider), by=provider)  # noqa: B023
+        record.measure("training", partial(_training, setups, setting, provider), by=provider)
     record.measure("trace", lambda: _trace(setups, setting))
 
 

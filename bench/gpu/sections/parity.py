@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -53,25 +54,28 @@ def run(record: Recorder, setting: Setting) -> None:
                     **{"op": case.shape.name, "direction": "backward" if case.backward else "forward"},
                     **{"model": model.name, "rows": case.batch.rows, "kind": kind.name},
                 }
-                _both(record, setting, kind, lambda case=case: _Op(case, setting), about)  # type: ignore[misc]
-            about = {"op": "decode", "direction": "forward", "model": model.name, "samples": samples, "kind": kind.name}
-            _both(
-                record,
-                setting,
-                kind,
-                lambda model=model, samples=samples: _Decode(model, samples, kind, setting),  # type: ignore[misc]
-                about,
-            )
+                _both(record, setting, kind, partial(OpResults, case, setting), about)
+            about = {
+                **{"op": "decode", "direction": "forward"},
+                **{"model": model.name, "rows": setting.rows(samples), "kind": kind.name},
+            }
+            _both(record, setting, kind, partial(DecodeResults, model, samples, kind, setting), about)
 
 
-def _both(record: Recorder, setting: Setting, kind: Kind, make: Callable[[], Any], about: Mapping[str, Any]) -> None:
-    with _precision(kind.precision):
+def _both(
+    record: Recorder,
+    setting: Setting,
+    kind: Kind,
+    make: Callable[[], OpResults | DecodeResults],
+    about: Mapping[str, Any],
+) -> None:
+    with matmul_precision(kind.precision):
         record.measure("parity", lambda: _parity(make(), kind), **about)
         if kind.name == "bf16":
             record.measure("repeats", lambda: _repeats(make(), setting.sizes.repeats), **about)
 
 
-class _Op:
+class OpResults:
     """An op of the layer: our results, reference PyTorch's, and the truth, each by name."""
 
     def __init__(self, case: OpCase, setting: Setting) -> None:
@@ -93,7 +97,7 @@ class _Op:
         return self.problem.truth()
 
 
-class _Decode:
+class DecodeResults:
     """The same of a captioning step's attention."""
 
     def __init__(self, model: Size, samples: int, kind: Kind, setting: Setting) -> None:
@@ -109,7 +113,7 @@ class _Decode:
         return {"out": self.step(ops.decode_attention_reference, torch.float64)}
 
 
-def _parity(of: _Op | _Decode, kind: Kind) -> dict[str, Any]:
+def _parity(of: OpResults | DecodeResults, kind: Kind) -> dict[str, Any]:
     """The worst of all results: the largest error over what is allowed decides."""
     truth = of.truth()
     theirs = {name: parity.error(result, truth[name]) for name, result in of.reference().items()}
@@ -129,7 +133,7 @@ def _parity(of: _Op | _Decode, kind: Kind) -> dict[str, Any]:
     }
 
 
-def _repeats(of: _Op | _Decode, repeats: int) -> dict[str, Any]:
+def _repeats(of: OpResults | DecodeResults, repeats: int) -> dict[str, Any]:
     """How many of so many further runs differ from the first, and in how many elements at most."""
     first = of.ours()
     differing = [torch.stack([_different(first[name], again) for name, again in of.ours().items()]).sum()]
@@ -151,7 +155,7 @@ def _different(one: Tensor, other: Tensor) -> Tensor:
 
 
 @contextlib.contextmanager
-def _precision(name: str) -> Iterator[None]:
+def matmul_precision(name: str) -> Iterator[None]:
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision(name)
     try:

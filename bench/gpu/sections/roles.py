@@ -7,15 +7,18 @@ op is timed in its place, to see that the section works.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor
-
 from beit3_fast.kernels.config import Config
 from beit3_fast.kernels.launch import Launch
 from beit3_fast.kernels.launch import record as recorded
+from torch import Tensor
+
+from beit3_fast import ops
 
 from ..clock import microseconds
 from ..record import Recorder
@@ -36,6 +39,8 @@ CANDIDATES = (
 FEW = (WIDE, Config(128, 128, 64, 4, 3), Config(64, 128, 64, 4, 4))
 """For the large model."""
 
+ROLES = ("forward", "dx", "dw")
+
 KERNELS = {
     ("qkv", "forward"): "_linear_kernel",
     ("out", "forward"): "_linear_kernel",
@@ -46,83 +51,99 @@ KERNELS = {
 """Which kernel a role is; the others are ``_linear_kernel`` for dX and ``_weight_gradient_kernel`` for dW."""
 
 
-def run(record: Recorder, setting: Setting) -> None:
+@dataclass(frozen=True)
+class Product:
+    """One of a layer's products in one :data:`ROLES`, at one batch."""
+
+    model: Size
+    gemm: Gemm
+    role: str
+    samples: int
+
+
+def products(setting: Setting) -> Iterator[Product]:
+    """What matters most first."""
     for model, samples in models_and_batches(setting.sizes):
-        for role in ("forward", "dx", "dw"):
+        for role in ROLES:
             for gemm in model.gemms:
-                for name, config in configs(setting, model, gemm, role, samples).items():
-                    record.measure(
-                        "role",
-                        _measured(setting, model, gemm, role, samples, config),
-                        **{"model": model.name, "gemm": gemm.name, "role": role},
-                        **{"rows": setting.rows(samples), "config": str(config), "as": name},
-                    )
+                yield Product(model, gemm, role, samples)
 
 
-def configs(setting: Setting, model: Size, gemm: Gemm, role: str, samples: int) -> dict[str, Config]:
+def run(record: Recorder, setting: Setting) -> None:
+    for product in products(setting):
+        for name, config in configs(setting, product).items():
+            record.measure(
+                "role",
+                partial(_measured, setting, product, config),
+                **{"model": product.model.name, "gemm": product.gemm.name, "role": product.role},
+                **{"rows": setting.rows(product.samples), "config": str(config), "as": name},
+            )
+
+
+def configs(setting: Setting, product: Product) -> dict[str, Config]:
     """By name: "default", the present one; "before", that of version 0.1 on sm_90; the candidates under their own.
     Two that are equal are one, named "default, before"."""
     chosen: dict[Config, list[str]] = {}
-    chosen.setdefault(_default(setting, model, gemm, role, samples), []).append("default")
-    chosen.setdefault(before(setting, gemm, role, samples), []).append("before")
-    for candidate in CANDIDATES if model == setting.base else FEW:
+    chosen.setdefault(_default(setting, product), []).append("default")
+    chosen.setdefault(before(product, setting.rows(product.samples)), []).append("before")
+    for candidate in CANDIDATES if product.model == setting.base else FEW:
         chosen.setdefault(candidate, [])
     return {", ".join(names) or str(config): config for config, names in chosen.items()}
 
 
-def before(setting: Setting, gemm: Gemm, role: str, samples: int) -> Config:
+def before(product: Product, rows: int) -> Config:
     """The default of version 0.1 on sm_90 in 16 bits, written down: what later defaults are held against."""
-    size = gemm.fan_in * gemm.fan_out
-    if role == "dw" and size > 2_000_000:
-        return Config(128, 128, 128, 8, 2)
-    if role == "dw":
-        return Config(64, 128 if size > 1_000_000 else 64, 128, 4, 2)
-    width = gemm.fan_in if role == "dx" else gemm.fan_out
-    if setting.rows(samples) < 1000:
-        block_n = 64 if width < 2000 else 128 if width < 3000 else 256
-        return Config(16, block_n, 64 if block_n == 256 else 128, 4, 3 if block_n == 256 else 2)
-    narrow = setting.rows(samples) < 5000 and width < 2000
-    return Config(128, 64 if narrow else 128, 128, 8, 2)
+    fan_in, fan_out = product.gemm.fan_in, product.gemm.fan_out
+    if product.role == "dw":
+        if fan_in * fan_out > 2_000_000:
+            return Config(128, 128, 128, 8, 2)
+        return Config(64, 128 if fan_in * fan_out > 1_000_000 else 64, 128, 4, 2)
+    width = fan_in if product.role == "dx" else fan_out
+    if rows < 1000:
+        if width > 3000:
+            return Config(16, 256, 64, 4, 3)
+        return Config(16, 128 if width > 2000 else 64, 128, 4, 2)
+    return Config(128, 64 if rows < 5000 and width < 2000 else 128, 128, 8, 2)
 
 
-def _default(setting: Setting, model: Size, gemm: Gemm, role: str, samples: int) -> Config:
+def _default(setting: Setting, product: Product) -> Config:
     from beit3_fast.kernels import multiway_ffn, multiway_linear
 
     arch = 90
     if not setting.dry:
         major, minor = torch.cuda.get_device_capability()
         arch = 10 * major + minor
-    rows = setting.rows(samples)
-    if (gemm.name, role) in (("fc1", "forward"), ("fc2", "forward"), ("fc2", "dx")):
+    model, gemm, rows = product.model, product.gemm, setting.rows(product.samples)
+    if (gemm.name, product.role) in (("fc1", "forward"), ("fc2", "forward"), ("fc2", "dx")):
         defaults = multiway_ffn.default_configs(arch, torch.bfloat16, rows, 2, model.width, model.hidden)
-        return defaults["dhidden" if role == "dx" else gemm.name]
+        return defaults["dhidden" if product.role == "dx" else gemm.name]
     defaults = multiway_linear.default_configs(arch, torch.bfloat16, rows, 2, gemm.fan_in, gemm.fan_out)
-    return defaults["dweight" if role == "dw" else role]
+    return defaults["dweight" if product.role == "dw" else product.role]
 
 
-def _measured(
-    setting: Setting, model: Size, gemm: Gemm, role: str, samples: int, config: Config
-) -> Callable[[], Mapping[str, Any]]:
-    def measured() -> Mapping[str, Any]:
-        rows = setting.rows(samples)
-        elements = rows * (gemm.fan_in + gemm.fan_out) + 2 * gemm.fan_in * gemm.fan_out
-        taken = microseconds(lambda index: _launch(setting, model, gemm, role, samples, config), 2 * elements, setting)
-        return {"us": taken, "tflop_s": gemm.flops(rows) / taken / 1e6}
-
-    return measured
+def _measured(setting: Setting, product: Product, config: Config) -> Mapping[str, Any]:
+    gemm, rows = product.gemm, setting.rows(product.samples)
+    elements = rows * (gemm.fan_in + gemm.fan_out) + 2 * gemm.fan_in * gemm.fan_out
+    taken = microseconds(lambda index: launch_of(setting, product, config), 2 * elements, setting)
+    return {"us": taken, "tflop_s": gemm.flops(rows) / taken / 1e6}
 
 
-def _launch(setting: Setting, model: Size, gemm: Gemm, role: str, samples: int, config: Config) -> Callable[[], object]:
-    """The role's launch on operands of its own."""
-    operands = Operands(setting, model, gemm, samples)
+def launch_of(setting: Setting, product: Product, config: Config) -> Callable[[], object]:
+    """The product's launch on operands of its own.
+
+    Raises:
+        LookupError: its kernel is not among the launches that the op makes.
+    """
+    operands = Operands(setting, product)
     with recorded() as launches:
-        whole = operands.make(role, config)
-    kernel = KERNELS.get((gemm.name, role), "_weight_gradient_kernel" if role == "dw" else "_linear_kernel")
+        whole = operands.make(config)
+    other = "_weight_gradient_kernel" if product.role == "dw" else "_linear_kernel"
+    kernel = KERNELS.get((product.gemm.name, product.role), other)
     found = [launch for launch in launches if launch.kernel.fn.__name__ == kernel]
     if not found:
         raise LookupError(f"no launch of {kernel} among {', '.join(launch.kernel.fn.__name__ for launch in launches)}")
     if setting.dry:
-        return operands.plain(role)
+        return operands.plain
     for launch in launches:
         _make(launch)
 
@@ -140,14 +161,14 @@ def _make(launch: Launch) -> None:
 class Operands:
     """What a product's op takes; random numbers."""
 
-    def __init__(self, setting: Setting, model: Size, gemm: Gemm, samples: int) -> None:
+    def __init__(self, setting: Setting, product: Product) -> None:
         self._device = setting.device
-        self.model, self.gemm = model, gemm
-        self.offsets = setting.layout(samples).expert_offsets
-        self.rows = setting.rows(samples)
-        self.x = self._drawn(self.rows, gemm.fan_in)
-        self.dy = self._drawn(self.rows, gemm.fan_out)
-        self.weight = self._weight(gemm.fan_out, gemm.fan_in)
+        self.model, self.gemm, self.role = product.model, product.gemm, product.role
+        self.offsets = setting.layout(product.samples).expert_offsets
+        self.rows = setting.rows(product.samples)
+        self.x = self._drawn(self.rows, self.gemm.fan_in)
+        self.dy = self._drawn(self.rows, self.gemm.fan_out)
+        self.weight = self._weight(self.gemm.fan_out, self.gemm.fan_in)
 
     def _drawn(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> Tensor:
         return torch.randn(*shape, device=self._device, dtype=dtype)
@@ -155,59 +176,76 @@ class Operands:
     def _weight(self, fan_out: int, fan_in: int) -> Tensor:
         return self._drawn(2, fan_out, fan_in) * fan_in**-0.5
 
-    def make(self, role: str, config: Config) -> Any:
+    def plain(self) -> object:
+        """The product by the op, on whatever device."""
+        return ops.multiway_linear(self.x, self.weight, None, self.offsets)
+
+    def make(self, config: Config) -> object:
         """Calls the kernels' own function with the config; its results."""
-        from beit3_fast.kernels import multiway_ffn, multiway_linear
-
-        if role == "forward" and self.gemm.name in ("fc1", "fc2"):
-            defaults = multiway_ffn.default_configs(
-                80, torch.bfloat16, self.rows, 2, self.model.width, self.model.hidden
-            )
-            return multiway_ffn.forward(*self._block(), self.offsets, configs=defaults | {self.gemm.name: config})
-        if role == "forward":
-            residual = self.dy if self.gemm.name == "out" else None
-            bias = self._drawn(2, self.gemm.fan_out)
-            return multiway_linear.forward(
-                self.x, self.weight, bias, self.offsets, residual=residual, configs={"forward": config}
-            )
-        if role == "dx" and self.gemm.name == "fc2":
+        if self.role == "forward":
+            return self._block(config) if self.gemm.name in ("fc1", "fc2") else self._linear(config)
+        if (self.gemm.name, self.role) == ("fc2", "dx"):
             return self._hidden_gradient(config)
-        defaults = multiway_linear.default_configs(
-            80, torch.bfloat16, self.rows, 2, self.gemm.fan_in, self.gemm.fan_out
-        )
+        return self._gradient(config)
+
+    def _linear(self, config: Config) -> object:
+        from beit3_fast.kernels import multiway_linear
+
+        bias = self._drawn(2, self.gemm.fan_out)
+        residual = self.dy if self.gemm.name == "out" else None
+        given = self.x, self.weight, bias, self.offsets
+        return multiway_linear.forward(*given, residual=residual, configs={"forward": config})
+
+    def _gradient(self, config: Config) -> object:
+        from beit3_fast.kernels import multiway_linear
+
+        sizes = self.rows, 2, self.gemm.fan_in, self.gemm.fan_out
+        configs = multiway_linear.default_configs(80, torch.bfloat16, *sizes)
+        configs["dx" if self.role == "dx" else "dweight"] = config
+        given = self.dy, self.x, self.weight, self.offsets
         return multiway_linear.backward(
-            *(self.dy, self.x, self.weight, self.offsets),
-            needs_x=role == "dx",
-            needs_parameters=role == "dw",
-            configs=defaults | {"dx" if role == "dx" else "dweight": config},
+            *given, needs_x=self.role == "dx", needs_parameters=self.role == "dw", configs=configs
         )
 
-    def _block(self) -> tuple[Tensor, ...]:
+    def _block(self, config: Config) -> object:
+        from beit3_fast.kernels import multiway_ffn
+
         width, hidden = self.model.width, self.model.hidden
-        return (
-            *(self._drawn(self.rows, width), self._weight(hidden, width), self._drawn(2, hidden)),
-            *(self._drawn(2, hidden), self._drawn(2, hidden), self._weight(width, hidden), self._drawn(2, width)),
+        configs = multiway_ffn.default_configs(80, torch.bfloat16, self.rows, 2, width, hidden)
+        configs[self.gemm.name] = config
+        return multiway_ffn.forward(
+            self._drawn(self.rows, width),
+            self._weight(hidden, width),
+            self._drawn(2, hidden),
+            self._drawn(2, hidden),
+            self._drawn(2, hidden),
+            self._weight(width, hidden),
+            self._drawn(2, width),
+            self.offsets,
+            configs=configs,
         )
 
-    def _hidden_gradient(self, config: Config) -> Any:
+    def _hidden_gradient(self, config: Config) -> object:
         from beit3_fast.kernels import multiway_ffn
 
         width, hidden, rows = self.model.width, self.model.hidden, self.rows
-        x, fc1_weight, _, norm_weight, norm_bias, fc2_weight, _ = self._block()
-        mean, rstd = self._drawn(rows, dtype=torch.float32), self._drawn(rows, dtype=torch.float32).abs()
-        saved = (self._drawn(rows, hidden), mean, rstd, self._drawn(rows, width))
-        folded = self._drawn(2, 2, width, dtype=torch.float32)
-        defaults = multiway_ffn.default_configs(80, torch.bfloat16, rows, 2, width, hidden)
+        configs = multiway_ffn.default_configs(80, torch.bfloat16, rows, 2, width, hidden)
+        configs["dhidden"] = config
         return multiway_ffn.backward(
-            *(self._drawn(rows, width), x, fc1_weight, norm_weight, norm_bias, fc2_weight, self.offsets, None),
-            *(*saved, folded),
+            self._drawn(rows, width),
+            self._drawn(rows, width),
+            self._weight(hidden, width),
+            self._drawn(2, hidden),
+            self._drawn(2, hidden),
+            self._weight(width, hidden),
+            self.offsets,
+            None,
+            pre=self._drawn(rows, hidden),
+            mean=self._drawn(rows, dtype=torch.float32),
+            rstd=self._drawn(rows, dtype=torch.float32).abs(),
+            branch=self._drawn(rows, width),
+            folded=self._drawn(2, 2, width, dtype=torch.float32),
             needs_x=False,
             needs_parameters=False,
-            configs=defaults | {"dhidden": config},
+            configs=configs,
         )
-
-    def plain(self, role: str) -> Callable[[], object]:
-        """The product's op on whatever device."""
-        from beit3_fast import ops
-
-        return lambda: ops.multiway_linear(self.x, self.weight, None, self.offsets)

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from ..calls import DRY, NAMES
@@ -47,7 +48,7 @@ def run(record: Recorder, setting: Setting) -> None:
         record.measure("calls", lambda: _calls(setting))
     record.measure("memcheck", lambda: _memcheck(setting))
     for name, (kernel, call) in KERNELS.items():
-        record.measure("ncu", lambda: _ncu(setting, name, kernel, call, largest), kernel=name)  # noqa: B023
+        record.measure("ncu", partial(_ncu, setting, name, kernel, call, largest), kernel=name)
 
 
 def _command(samples: int, *names: str, dry: bool = False) -> list[str]:
