@@ -231,7 +231,7 @@ def bench_compare(**options: Any) -> None:
 def bench_gpu(**options: Any) -> None:
     """Ask this machine's GPU everything: tests, parity, the same bits, and times beside the best alternatives.
 
-    What matters most comes first. Every figure is a line of results.jsonl as soon as it is known; a section that crashes
+    What matters most comes first. Every figure is a line of results.jsonl once it is known; a section that crashes
     or hangs costs the others nothing. Exit code 1 when something failed or was wrong.
     """
     from beit3_fast.bench.gpu.command import report
