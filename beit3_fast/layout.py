@@ -16,16 +16,29 @@ import itertools
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 
 def _to_device(host: Tensor, device: torch.device) -> Tensor:
-    # A pinned source makes the copy asynchronous: the host never waits for the device's queue to drain.
-    if device.type == "cuda":
+    # A pinned source makes the copy asynchronous: the host never waits for the device's queue to drain. A subclass
+    # (a fake tensor) has no memory to pin.
+    if device.type == "cuda" and host.device.type == "cpu" and type(host) is Tensor:
         return host.pin_memory().to(device, non_blocking=True)
     return host.to(device)
+
+
+def _is_recorded(device: torch.device) -> bool:
+    """Whether what runs now is recorded, to be run again: by torch.compile or export, or in a CUDA graph.
+
+    A copy from the host must not be part of such a recording: pinned memory cannot be traced, the memory that a
+    captured copy reads may be given to somebody else, and a tensor on the CPU keeps Inductor from using CUDA graphs.
+    """
+    if torch.compiler.is_compiling():
+        return True
+    return device.type == "cuda" and torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def host_lengths(name: str, lengths: Sequence[int] | Tensor, batch_size: int | None = None) -> list[int]:
@@ -63,6 +76,19 @@ def _width(name: str, width: int | None, lengths: list[int]) -> int:
     if width < longest:
         raise ValueError(f"{name} must be at least the longest length ({longest}), got {width}")
     return width
+
+
+class ExpertRows(NamedTuple):
+    """Which rows belong to which expert.
+
+    Attributes:
+        offsets: int32 (E + 1,) on the rows' device; row r belongs to expert e iff ``offsets[e] <= r < offsets[e + 1]``.
+        bounds: the same numbers on the host, so that nobody has to wait for the device to learn a size. Where only the
+            device knows how many rows are in use, the last ones are the most that they can be.
+    """
+
+    offsets: Tensor
+    bounds: tuple[int, ...]
 
 
 @dataclass(frozen=True, eq=False)
@@ -121,14 +147,15 @@ class TokenLayout:
             raise ValueError("vision_lengths and text_lengths describe an empty batch; at least one sample is needed")
         vision_width = _width("vision_width", vision_width, vision)
         text_width = _width("text_width", text_width, text)
+        device = torch.device(device)
         return _host_layout(
             vision,
             text,
             vision_width,
             text_width,
-            _right_padded_source(vision, vision_width),
-            _right_padded_source(text, text_width),
-            torch.device(device),
+            _right_padded_source(vision, vision_width, device),
+            _right_padded_source(text, text_width, device),
+            device,
         )
 
     @staticmethod
@@ -250,6 +277,23 @@ class TokenLayout:
             return torch.cat([self.expert_offsets[:1].expand(3), self.expert_offsets[2:]])
         return torch.cat([self.expert_offsets, self.expert_offsets[-1:]])
 
+    def experts(self, num_experts: int) -> ExpertRows:
+        """The rows of each of one (:attr:`shared_offsets`), two (:attr:`expert_offsets`) or three experts
+        (:attr:`fused_offsets`).
+
+        Raises:
+            ValueError: another number of experts.
+        """
+        if num_experts == 1:
+            return ExpertRows(self.shared_offsets, (0, self.num_rows))
+        if num_experts == 2:
+            return ExpertRows(self.expert_offsets, (0, self.num_vision_rows, self.num_rows))
+        if num_experts == 3:
+            fused = self.vision_width and self.text_width
+            bounds = (0, 0, 0) if fused else (0, self.num_vision_rows, self.num_rows)
+            return ExpertRows(self.fused_offsets, (*bounds, self.num_rows))
+        raise ValueError(f"num_experts must be 1, 2 or 3, got {num_experts}")
+
     @property
     def row_sample(self) -> Tensor:
         """int64 (num_rows,): the sample that each row belongs to."""
@@ -321,11 +365,12 @@ class TokenLayout:
         return rows.view(self.batch_size, width, *rows.shape[1:])
 
 
-def _right_padded_source(lengths: list[int], width: int) -> Tensor | None:
+def _right_padded_source(lengths: list[int], width: int, device: torch.device) -> Tensor | None:
     if all(length == width for length in lengths):
         return None
+    place = device if _is_recorded(device) else "cpu"
     # a range per sample rather than nonzero() of a mask: torch.compile then knows the size
-    return torch.cat([torch.arange(i * width, i * width + length) for i, length in enumerate(lengths)])
+    return torch.cat([torch.arange(i * width, i * width + length, device=place) for i, length in enumerate(lengths)])
 
 
 def _host_layout(
@@ -338,18 +383,23 @@ def _host_layout(
     device: torch.device,
 ) -> TokenLayout:
     vision_rows, num_rows = sum(vision), sum(vision) + sum(text)
-    segments, vision_start, text_start = [], 0, vision_rows
-    for vision_len, text_len in zip(vision, text, strict=True):
-        segments.append((vision_start, vision_len, text_start, text_len))
-        vision_start, text_start = vision_start + vision_len, text_start + text_len
+    if _is_recorded(device):
+        expert_offsets, segments = _places(_lengths_on(device, vision), _lengths_on(device, text), vision_rows)
+    else:
+        starts = zip(itertools.accumulate([0, *vision]), itertools.accumulate([vision_rows, *text]), strict=True)
+        table = [(v, v_len, t, t_len) for (v, t), v_len, t_len in zip(starts, vision, text, strict=False)]
+        # One copy for both; the fourth number makes the segments begin at 16 bytes, as kernels like it.
+        numbers = [0, vision_rows, num_rows, 0, *itertools.chain.from_iterable(table)]
+        on_device = _to_device(torch.tensor(numbers, dtype=torch.int32, device="cpu"), device)
+        expert_offsets, segments = on_device[:3], on_device[4:].view(-1, 4)
     return TokenLayout(
         batch_size=len(vision),
         num_rows=num_rows,
         num_vision_rows=vision_rows,
         vision_width=vision_width,
         text_width=text_width,
-        expert_offsets=_to_device(torch.tensor([0, vision_rows, num_rows], dtype=torch.int32), device),
-        segments=_to_device(torch.tensor(segments, dtype=torch.int32), device),
+        expert_offsets=expert_offsets,
+        segments=segments,
         vision_lengths=tuple(vision),
         text_lengths=tuple(text),
         vision_source=None if vision_source is None else _to_device(vision_source, device),
@@ -357,24 +407,36 @@ def _host_layout(
     )
 
 
+def _lengths_on(device: torch.device, lengths: list[int]) -> Tensor:
+    """int64 (B,), made on the device."""
+    if len(set(lengths)) == 1:
+        return torch.full((len(lengths),), lengths[0], dtype=torch.int64, device=device)
+    return torch.cat([torch.full((1,), length, dtype=torch.int64, device=device) for length in lengths])
+
+
+def _places(vision_len: Tensor, text_len: Tensor, vision_rows: int) -> tuple[Tensor, Tensor]:
+    """``expert_offsets`` and ``segments`` of samples with so many tokens (B,), computed where the lengths are."""
+    vision_end, text_end = vision_len.cumsum(0), vision_rows + text_len.cumsum(0)
+    zero = text_end.new_zeros(1)
+    expert_offsets = torch.cat([zero, zero + vision_rows, text_end[-1:]]).int()
+    segments = torch.stack([vision_end - vision_len, vision_len, text_end - text_len, text_len], dim=1).int()
+    return expert_offsets, segments
+
+
 def _device_layout(valid: Tensor, vision_tokens: int) -> TokenLayout:
     """Of a (B, T) mask whose values only the device knows: every size is one the host knows without asking."""
     batch_size, text_width = valid.shape
     vision_rows = batch_size * vision_tokens
     text_len = valid.sum(1)
-    text_end = vision_rows + text_len.cumsum(0)
-    zero = text_end.new_zeros(1)
-    vision_start = torch.arange(batch_size, device=valid.device) * vision_tokens
+    expert_offsets, segments = _places(torch.full_like(text_len, vision_tokens), text_len, vision_rows)
     return TokenLayout(
         batch_size=batch_size,
         num_rows=vision_rows + batch_size * text_width,
         num_vision_rows=vision_rows,
         vision_width=vision_tokens,
         text_width=text_width,
-        expert_offsets=torch.cat([zero, zero + vision_rows, text_end[-1:]]).int(),
-        segments=torch.stack(
-            [vision_start, torch.full_like(text_len, vision_tokens), text_end - text_len, text_len], dim=1
-        ).int(),
+        expert_offsets=expert_offsets,
+        segments=segments,
         vision_lengths=(vision_tokens,) * batch_size,
         text_lengths=None,
         vision_source=None,

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from ..layout import TokenLayout
 from .config import EncoderConfig
 from .embedding import VisionEmbedding
-from .encoder import Encoder
-from .inputs import InputNames, check_attention_mask, check_inputs, check_positions
+from .encoder import Encoder, Kept
+from .inputs import InputNames, check_attention_mask, check_inputs, check_layout, check_positions
 
 PUBLIC_NAMES = InputNames(image="visual_tokens", text="textual_tokens", padding="text_padding_position")
 
@@ -46,6 +46,7 @@ class BEiT3(nn.Module):
         mask: str | Tensor = "full",
         text_lengths: Sequence[int] | None = None,
         vision_masked_position: Tensor | None = None,
+        layout: TokenLayout | None = None,
         names: InputNames = InputNames(),  # noqa: B008  (frozen)
     ) -> tuple[Tensor, TokenLayout]:
         """Encoded rows in expert order and their layout; padded text takes no part.
@@ -57,6 +58,8 @@ class BEiT3(nn.Module):
             mask: as :func:`beit3_fast.ops.attention` takes it.
             text_lengths: valid tokens of each (right-padded) text, on the host: then nothing waits for the device.
             vision_masked_position: (B, patches), 1 = masked.
+            layout: :meth:`layout` of such a batch, made once and used again; text_padding and text_lengths then say
+                nothing new and are not looked at.
             names: what the caller calls these inputs, for error messages.
 
         Returns:
@@ -65,8 +68,8 @@ class BEiT3(nn.Module):
         Raises:
             TypeError, ValueError: bad input, named in the message.
         """
-        self.check_inputs(image, text, text_padding, text_lengths, names)
-        layout = self._layout(image, text, text_padding, text_lengths)
+        self.check_inputs(image, text, text_padding, text_lengths, names, layout)
+        layout = layout or self.layout(image, text, text_padding, text_lengths)
         vision = None if image is None else self.vision_embed(image, vision_masked_position)
         return self.encoder(self._rows(vision, text, layout), layout, mask), layout
 
@@ -78,6 +81,7 @@ class BEiT3(nn.Module):
         text_padding: Tensor | None = None,
         *,
         text_lengths: Sequence[int] | None = None,
+        layout: TokenLayout | None = None,
         names: InputNames = InputNames(),  # noqa: B008  (frozen)
     ) -> tuple[Tensor, ...]:
         """Each sample's first token as :meth:`encode` gives it, for whoever reads nothing else: what the last layer
@@ -85,7 +89,7 @@ class BEiT3(nn.Module):
 
         Args:
             parts: "vision" (the image's CLS token), "text" (the text's BOS token), or both in this order.
-            image, text, text_padding, text_lengths, names: as :meth:`encode` takes them.
+            image, text, text_padding, text_lengths, layout, names: as :meth:`encode` takes them.
 
         Returns:
             (B, D) for each part; zeros for a sample without such tokens.
@@ -95,15 +99,15 @@ class BEiT3(nn.Module):
         """
         if parts not in (("vision",), ("text",), ("vision", "text")):
             raise ValueError(f"parts must be ('vision',), ('text',) or ('vision', 'text'), got {parts!r}")
-        self.check_inputs(image, text, text_padding, text_lengths, names)
-        layout = self._layout(image, text, text_padding, text_lengths)
+        self.check_inputs(image, text, text_padding, text_lengths, names, layout)
+        layout = layout or self.layout(image, text, text_padding, text_lengths)
         rows = self._rows(None if image is None else self.vision_embed(image), text, layout)
         if layout.num_rows == 0:  # texts of nothing but padding
             return (rows.new_zeros(layout.batch_size, rows.shape[1]),) * len(parts)
         columns = {"vision": (layout.vision_start, layout.vision_len), "text": (layout.text_start, layout.text_len)}
         starts, lengths = zip(*(columns[part] for part in parts), strict=True)
         # a sample without the token gives another's row, or the buffer's last: it still never falls
-        keep = torch.cat(starts).clamp(max=layout.num_rows - 1)
+        keep = Kept(torch.cat(starts).clamp(max=layout.num_rows - 1), layout.batch_size if "vision" in parts else 0)
         firsts = self.encoder(rows, layout, keep=keep).split(layout.batch_size)
         return tuple(
             torch.where((length > 0).unsqueeze(1), first, 0) for first, length in zip(firsts, lengths, strict=True)
@@ -136,6 +140,7 @@ class BEiT3(nn.Module):
         positions: Tensor | None = None,
         *,
         text_lengths: Sequence[int] | None = None,
+        layout: TokenLayout | None = None,
     ) -> dict[str, Any]:
         """The public call (torchscale ``BEiT3.forward``).
 
@@ -148,6 +153,8 @@ class BEiT3(nn.Module):
             incremental_state: {layer: {"prev_key", "prev_value": (B, H, S', d)}}, extended in place by this call's.
             positions: (1 or B, S) rows of the position table, for one modality alone; columns + 2 by default.
             text_lengths: valid tokens of each text, on the host (not in the public code).
+            layout: :meth:`layout` of such a batch, made once and used again (not in the public code, and not for
+                incremental decoding); what it says of padding is then what counts.
 
         Returns:
             dict with ``encoder_out`` (B, S, D): zeros at padded positions, where the public code returns values that
@@ -158,12 +165,14 @@ class BEiT3(nn.Module):
         Raises:
             TypeError, ValueError: bad input, named in the message.
         """
-        self.check_inputs(visual_tokens, textual_tokens, text_padding_position, text_lengths, PUBLIC_NAMES)
+        self.check_inputs(visual_tokens, textual_tokens, text_padding_position, text_lengths, PUBLIC_NAMES, layout)
         if positions is not None:
             check_positions(self.config, visual_tokens, textual_tokens, positions)
         # the public code lets padded columns take part (as zeros) when it decodes incrementally
         dense = incremental_state is not None
-        layout = self._layout(
+        if layout is not None and dense:
+            raise ValueError("layout must be None with incremental_state, where padded columns take part")
+        layout = layout or self.layout(
             visual_tokens, textual_tokens, None if dense else text_padding_position, None if dense else text_lengths
         )
         if attn_mask is not None:
@@ -203,18 +212,36 @@ class BEiT3(nn.Module):
         text_padding: Tensor | None = None,
         text_lengths: Sequence[int] | None = None,
         names: InputNames = InputNames(),  # noqa: B008  (frozen)
+        layout: TokenLayout | None = None,
     ) -> None:
         """Refuse inputs that this model cannot take, under the caller's names; see ``inputs.py``."""
         dtype = self.vision_embed.proj.weight.dtype
+        if layout is not None:
+            text_padding = text_lengths = None
         check_inputs(self.config, dtype, image, text, text_padding, text_lengths, names)
+        if layout is not None:
+            check_layout(layout, image, text, self.vision_embed.num_position_embeddings())
 
-    def _layout(
+    def layout(
         self,
         image: Tensor | None,
         text: Tensor | None,
-        text_padding: Tensor | None,
-        text_lengths: Sequence[int] | None,
+        text_padding: Tensor | None = None,
+        text_lengths: Sequence[int] | None = None,
     ) -> TokenLayout:
+        """Where each token of a batch is; of the inputs only shapes, device and what says what is padding are read.
+
+        A forward makes one itself. Whoever runs many batches of one kind, or captures a forward in a CUDA graph, may
+        make it once and hand it over: with ``text_padding`` on a GPU it has room for every column, and the same
+        launches then serve all lengths.
+
+        Args:
+            image: (B, C, H, W) or None. text: (B, T) or None; one of them is needed.
+            text_padding: (B, T), 1/True = padding. text_lengths: valid tokens of each (right-padded) text, on the host.
+
+        Raises:
+            TypeError, ValueError: lengths or a mask that do not fit.
+        """
         vision_tokens = 0 if image is None else self.vision_embed.num_position_embeddings()
         if text is None:
             assert image is not None

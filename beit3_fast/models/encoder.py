@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .. import ops
-from ..layout import TokenLayout
+from ..layout import ExpertRows, TokenLayout
 from .config import EncoderConfig
 from .embedding import PositionEmbedding
 from .modules import DropPath, MultiwayFeedForward, MultiwayLayerNorm, MultiwayLinear
@@ -25,6 +25,18 @@ BYTES_AT_ONCE = 3 * 2**20
 """Of rows in inference on a CPU, see :func:`_in_parts`: 1024 rows of the base model in fp32. There, at batch 24 of 261
 tokens, 1.09x the speed of all rows at once (10,000 page faults a forward for 550,000), at batch 8 1.04x; half and twice
 as many gain less."""
+
+
+class Kept(NamedTuple):
+    """The rows that somebody reads after the last layer.
+
+    Attributes:
+        rows: int32 (K,), row numbers that never fall, so that what is kept is in expert order too.
+        vision: how many of them, from the first on, are of the vision part.
+    """
+
+    rows: Tensor
+    vision: int
 
 
 class KeyValueStore(Protocol):
@@ -46,9 +58,9 @@ class SelfAttention(nn.Module):
         self.out_proj = MultiwayLinear(num_experts, width, width)
         self.inner_attn_ln = MultiwayLayerNorm(num_experts, width, config.layernorm_eps)
 
-    def project(self, x: Tensor, offsets: Tensor) -> Tensor:
+    def project(self, x: Tensor, rows: ExpertRows) -> Tensor:
         """(N, D) -> (N, 3, H, d)"""
-        return self.qkv(x, offsets).view(-1, 3, self.num_heads, self.head_dim)
+        return self.qkv(x, rows).view(-1, 3, self.num_heads, self.head_dim)
 
 
 class EncoderLayer(nn.Module):
@@ -58,10 +70,8 @@ class EncoderLayer(nn.Module):
         super().__init__()
         width = config.encoder_embed_dim
         self.depth = depth
-        attention_experts = 1 if config.shared_attention else 2
-        ffn_experts = 3 if depth >= config.encoder_layers - config.vl_ffn_layers else 2
-        self.shared_attention = config.shared_attention
-        self.fused_ffn = ffn_experts == 3
+        self.attention_experts = attention_experts = 1 if config.shared_attention else 2
+        self.ffn_experts = ffn_experts = 3 if depth >= config.encoder_layers - config.vl_ffn_layers else 2
         self.self_attn = SelfAttention(config, attention_experts)
         self.self_attn_layer_norm = MultiwayLayerNorm(attention_experts, width, config.layernorm_eps)
         self.ffn = MultiwayFeedForward(ffn_experts, width, config.encoder_ffn_embed_dim, config.layernorm_eps)
@@ -78,47 +88,51 @@ class EncoderLayer(nn.Module):
         mask: str | Tensor = "full",
         store: KeyValueStore | None = None,
         row_sample: Tensor | None = None,
-        keep: Tensor | None = None,
+        keep: Kept | None = None,
     ) -> Tensor:
         """(N, D) rows -> (N, D) rows, or the (K, D) rows that `keep` names.
 
         Args:
             row_sample: (N,), each row's sample, where paths are to be dropped.
-            keep: int32 (K,), row numbers that never fall; all rows by default.
+            keep: all rows by default.
         """
-        offsets = layout.shared_offsets if self.shared_attention else layout.expert_offsets
+        rows = layout.experts(self.attention_experts)
         attention = self.self_attn
-        qkv = attention.project(self.self_attn_layer_norm(x, offsets), offsets)
+        qkv = attention.project(self.self_attn_layer_norm(x, rows), rows)
         if store is None:
             heads = ops.attention(qkv, layout, attention.num_heads, mask=mask)
         else:
             heads = store.attend(self.depth, qkv)
         if keep is not None:  # keys and values came from every row; from here on no row needs another
-            x, heads, offsets = x.index_select(0, keep), heads.index_select(0, keep), kept_offsets(offsets, keep)
-            row_sample = None if row_sample is None else row_sample.index_select(0, keep)
-        normed = attention.inner_attn_ln(heads, offsets)
-        x = self._add(x, normed, attention.out_proj, offsets, layout.batch_size, row_sample)
-        offsets = kept_offsets(layout.fused_offsets if self.fused_ffn else layout.expert_offsets, keep)
-        return self._add(x, self.final_layer_norm(x, offsets), self.ffn, offsets, layout.batch_size, row_sample)
+            x, heads, rows = x.index_select(0, keep.rows), heads.index_select(0, keep.rows), kept_experts(rows, keep)
+            row_sample = None if row_sample is None else row_sample.index_select(0, keep.rows)
+        normed = attention.inner_attn_ln(heads, rows)
+        x = self._add(x, normed, attention.out_proj, rows, layout.batch_size, row_sample)
+        rows = kept_experts(layout.experts(self.ffn_experts), keep)
+        return self._add(x, self.final_layer_norm(x, rows), self.ffn, rows, layout.batch_size, row_sample)
 
     def _add(
         self,
         x: Tensor,
         normed: Tensor,
         branch: nn.Module,
-        offsets: Tensor,
+        rows: ExpertRows,
         batch_size: int,
         row_sample: Tensor | None,
     ) -> Tensor:
         if self.drop_path is None or row_sample is None:
-            return branch(normed, offsets, residual=x)
-        return x + self.drop_path(branch(normed, offsets), batch_size, row_sample)
+            return branch(normed, rows, residual=x)
+        return x + self.drop_path(branch(normed, rows), batch_size, row_sample)
 
 
-def kept_offsets(offsets: Tensor, keep: Tensor | None) -> Tensor:
-    """int32 (E + 1,) offsets of the experts among the rows that `keep` (int32, never falling) names: how many come
-    before each of the old ones. Rows that no expert owned stay past the last."""
-    return offsets if keep is None else torch.searchsorted(keep, offsets, out_int32=True)
+def kept_experts(experts: ExpertRows, keep: Kept | None) -> ExpertRows:
+    """The experts' rows among those that are kept: how many of these come before each of the old offsets. Rows that no
+    expert owned stay past the last."""
+    if keep is None:
+        return experts
+    count, last = keep.rows.shape[0], experts.bounds[-1]
+    bounds = (count if bound == last else 0 if bound == 0 else keep.vision for bound in experts.bounds[1:])
+    return ExpertRows(torch.searchsorted(keep.rows, experts.offsets, out_int32=True), (0, *bounds))
 
 
 def _layer_pieces(attention_experts: int, ffn_experts: int) -> list[Piece]:
@@ -214,14 +228,10 @@ class Encoder(nn.Module):
         layout: TokenLayout,
         mask: str | Tensor = "full",
         store: KeyValueStore | None = None,
-        keep: Tensor | None = None,
+        keep: Kept | None = None,
     ) -> Tensor:
         """(N, D) embedded rows -> (N, D) rows, or the (K, D) rows that `keep` names: what is computed for them alone in
-        the last layer and after it are the output projection, the feed-forward block and the LayerNorms.
-
-        Args:
-            keep: int32 (K,), row numbers that never fall, so that they too are in expert order.
-        """
+        the last layer and after it are the output projection, the feed-forward block and the LayerNorms."""
         layers = list(self.layers)
         if (
             x.device.type == "cpu"
@@ -239,4 +249,4 @@ class Encoder(nn.Module):
                 x = checkpoint(layer, *arguments, use_reentrant=False)
             else:
                 x = layer(*arguments)
-        return x if self.layer_norm is None else self.layer_norm(x, kept_offsets(layout.expert_offsets, keep))
+        return x if self.layer_norm is None else self.layer_norm(x, kept_experts(layout.experts(2), keep))

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from .. import ops
 from ..layout import TokenLayout
 from .beit3 import BEiT3
+from .encoder import Kept
 from .generation import BeamCache, Captions, ImagePrefix, beam_search
 from .inputs import InputNames
 from .losses import ClipLoss
@@ -135,9 +136,13 @@ class BEiT3ForVisualReasoning(BEiT3Wrapper):
         padding_mask: Tensor | None,
         *,
         text_lengths: Sequence[int] | None = None,
+        layout: TokenLayout | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Images (B, C, H, W), text (B, T), padding (B, T) with 1 = padding -> logits (B, num_classes)."""
+        """Images (B, C, H, W), text (B, T), padding (B, T) with 1 = padding -> logits (B, num_classes).
+
+        `layout` (:meth:`BEiT3.layout`) is of the 2B samples: image a's, then image b's.
+        """
         for name, image in (("image_a", image_a), ("image_b", image_b)):
             self.beit3.check_inputs(
                 image, text_description, padding_mask, text_lengths, InputNames(name, "text_description")
@@ -148,6 +153,7 @@ class BEiT3ForVisualReasoning(BEiT3Wrapper):
             torch.cat([text_description, text_description]),
             None if padding_mask is None else torch.cat([padding_mask, padding_mask]),
             text_lengths=None if text_lengths is None else [*text_lengths, *text_lengths],
+            layout=layout,
         )
         pairs = torch.cat(cls, dim=-1)  # [2B, 2D]: image a's samples, then image b's
         return self.head(torch.cat(pairs.chunk(2), dim=-1))
@@ -165,9 +171,9 @@ class BEiT3ForImageClassification(BEiT3Wrapper):
         self.head.apply(_init_weights)
         _scale(self.head)
 
-    def forward(self, image: Tensor, **kwargs: Any) -> Tensor:
-        """(B, C, H, W) -> logits (B, num_classes)."""
-        rows, layout = self.beit3.encode(image, None)
+    def forward(self, image: Tensor, *, layout: TokenLayout | None = None, **kwargs: Any) -> Tensor:
+        """(B, C, H, W) -> logits (B, num_classes); `layout`: :meth:`BEiT3.layout` of such a batch."""
+        rows, layout = self.beit3.encode(image, None, layout=layout)
         patches = rows.view(layout.batch_size, layout.vision_width, -1)[:, 1:]
         return self.head(self.fc_norm(patches.mean(1)))
 
@@ -190,6 +196,7 @@ class BEiT3ForCaptioning(BEiT3Wrapper):
         incremental_state: dict[int, dict[str, Tensor]] | None = None,
         *,
         text_lengths: Sequence[int] | None = None,
+        layout: TokenLayout | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, dict[int, dict[str, Tensor]] | None]:
         """The public call, training and incremental decoding.
@@ -201,18 +208,24 @@ class BEiT3ForCaptioning(BEiT3Wrapper):
             language_masked_pos: (B, T), 1 = positions to predict; None = all of them.
             text_len: tokens of text so far, in decoding.
             incremental_state: earlier keys and values by layer, extended in place.
+            text_lengths: valid tokens of each text, on the host.
+            layout: :meth:`BEiT3.layout` of such a batch; not for decoding.
 
         Returns:
             logits (masked positions, vocabulary) or (B, T, vocabulary), and the incremental state.
         """
         names = InputNames(text="text_ids")
-        self.beit3.check_inputs(image, text_ids, padding_mask if image is not None else None, text_lengths, names)
+        decodes = image is None or incremental_state is not None
+        if layout is not None and decodes:
+            raise ValueError("layout must be None in incremental decoding, where padded columns take part")
+        padding = padding_mask if image is not None else None
+        self.beit3.check_inputs(image, text_ids, padding, text_lengths, names, layout)
         if language_masked_pos is not None and language_masked_pos.shape != text_ids.shape:
             raise ValueError(
                 f"language_masked_pos must have the text's shape {tuple(text_ids.shape)}, "
                 f"got {tuple(language_masked_pos.shape)}"
             )
-        if image is None or incremental_state is not None:
+        if decodes:
             text_feats = self._incremental(image, text_ids, padding_mask, text_len, incremental_state)
         else:
             rows, layout = self.beit3.encode(
@@ -221,6 +234,7 @@ class BEiT3ForCaptioning(BEiT3Wrapper):
                 padding_mask,
                 mask="captioning",
                 text_lengths=text_lengths,
+                layout=layout,
                 names=names,
             )
             text_feats = layout.unpack(rows)[:, layout.vision_width :]
@@ -306,8 +320,8 @@ class BEiT3ForCaptioning(BEiT3Wrapper):
         positions = self.beit3.encoder.embed_positions
         vision = self.beit3.vision_embed(image) + positions.vision(layout.vision_width)
         # of the last layer, keys and values are all that is read
-        no_rows = torch.empty(0, dtype=torch.int32, device=image.device)
-        self.beit3.encoder(vision.flatten(0, 1), layout, store=prefix, keep=no_rows)
+        nothing = Kept(torch.empty(0, dtype=torch.int32, device=image.device), vision=0)
+        self.beit3.encoder(vision.flatten(0, 1), layout, store=prefix, keep=nothing)
         rows = len(image) * num_beams
         cache = BeamCache(prefix, num_beams, columns=max_length - 1)
         step_layout = TokenLayout.from_lengths([0] * rows, [2] * rows, device=image.device)
@@ -320,7 +334,7 @@ class BEiT3ForCaptioning(BEiT3Wrapper):
             out = self.beit3.encoder(x.flatten(0, 1), step_layout, store=cache)
             head, read = self.mlm_head, out[1::2]  # the MASK's row predicts the next word
             # nn.Linear takes three times as long for a handful of rows on a CPU
-            return ops.multiway_linear(read, head.weight[None], head.bias[None], one_expert)
+            return ops.multiway_linear(read, head.weight[None], head.bias[None], one_expert, bounds=(0, rows))
 
         return beam_search(
             step,
@@ -357,11 +371,16 @@ class BEiT3ForVisualQuestionAnswering(BEiT3Wrapper):
         padding_mask: Tensor | None,
         *,
         text_lengths: Sequence[int] | None = None,
+        layout: TokenLayout | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """Image (B, C, H, W), question (B, T), padding (B, T) with 1 = padding -> logits (B, num_classes)."""
+        """Image (B, C, H, W), question (B, T), padding (B, T) with 1 = padding -> logits (B, num_classes).
+
+        `layout`: :meth:`BEiT3.layout` of such a batch.
+        """
+        names = InputNames(text="question")
         (cls,) = self.beit3.encode_first(
-            ("vision",), image, question, padding_mask, text_lengths=text_lengths, names=InputNames(text="question")
+            ("vision",), image, question, padding_mask, text_lengths=text_lengths, layout=layout, names=names
         )
         return self.head(self.pooler(cls))
 
@@ -390,9 +409,12 @@ class BEiT3ForRetrieval(BEiT3Wrapper):
         only_infer: bool = False,
         *,
         text_lengths: Sequence[int] | None = None,
+        layout: TokenLayout | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor | None, ...]:
         """Image (B, C, H, W), text (B, T), padding (B, T) with 1 = padding.
+
+        `layout` (:meth:`BEiT3.layout`) is of the texts alone; images are never padded.
 
         Returns:
             (vision, language) with ``only_infer``, else (loss, vision, language); unit rows (B, D), None for an absent
@@ -400,7 +422,8 @@ class BEiT3ForRetrieval(BEiT3Wrapper):
         """
         vision = language = None
         names = InputNames(text="text_description")
-        self.beit3.check_inputs(image, text_description, padding_mask, text_lengths, names)
+        padding, lengths = (padding_mask, text_lengths) if layout is None else (None, None)
+        self.beit3.check_inputs(image, text_description, padding, lengths, names)
         if not only_infer and (image is None or text_description is None):
             raise ValueError("image and text_description must both be given for the loss; only_infer=True takes one")
         if image is not None:
@@ -408,7 +431,7 @@ class BEiT3ForRetrieval(BEiT3Wrapper):
             vision = F.normalize(self.vision_head(cls), dim=-1)
         if text_description is not None:
             (bos,) = self.beit3.encode_first(
-                ("text",), None, text_description, padding_mask, text_lengths=text_lengths, names=names
+                ("text",), None, text_description, padding_mask, text_lengths=text_lengths, layout=layout, names=names
             )
             language = F.normalize(self.language_head(bos), dim=-1)
         if only_infer:
@@ -441,8 +464,11 @@ class BEiT3ForPretraining(BEiT3Wrapper):
         language_masked_pos: Tensor | None = None,
         *,
         text_lengths: Sequence[int] | None = None,
+        layout: TokenLayout | None = None,
     ) -> tuple[Tensor | None, Tensor | None]:
         """Image (B, C, H, W) with masked patches (B, patches), text (B, T) with masked positions (B, T), 1 = masked.
+
+        `layout`: :meth:`BEiT3.layout` of such a batch.
 
         Returns:
             logits over visual tokens (masked patches, codes), or (B, patches, codes) without a mask, and over words
@@ -454,6 +480,7 @@ class BEiT3ForPretraining(BEiT3Wrapper):
             padding_mask,
             text_lengths=text_lengths,
             vision_masked_position=vision_masked_position,
+            layout=layout,
             names=InputNames(text="text_ids"),
         )
         vision, text = layout.unpack(rows).split([layout.vision_width, layout.text_width], dim=1)

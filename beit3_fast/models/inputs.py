@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..layout import host_lengths
+from ..layout import TokenLayout, host_lengths
 from .config import EncoderConfig
 from .embedding import PositionEmbedding
 
@@ -118,6 +118,23 @@ def check_lengths(text: Tensor, padding: Tensor | None, lengths: Sequence[int]) 
         valid = (padding == 0).sum(1).tolist()
         if valid != values:
             raise ValueError(f"text_lengths {values} disagree with the padding mask's {valid}")
+
+
+def check_layout(layout: TokenLayout, image: Tensor | None, text: Tensor | None, vision_tokens: int) -> None:
+    """A ready layout of a batch of this size, on its device."""
+    given = image if image is not None else text
+    assert given is not None
+    if not isinstance(layout, TokenLayout):
+        raise TypeError(f"layout must be a TokenLayout, got {type(layout).__name__}")
+    widths = (0 if image is None else vision_tokens, 0 if text is None else text.shape[1])
+    found = (layout.batch_size, layout.vision_width, layout.text_width)
+    if found != (given.shape[0], *widths) or layout.num_vision_rows != given.shape[0] * widths[0]:
+        raise ValueError(
+            f"layout must be of {given.shape[0]} samples of {widths[0]} vision and up to {widths[1]} text tokens, "
+            f"got {found[0]} samples of {found[1]} and {found[2]}"
+        )
+    if layout.device != given.device:
+        raise ValueError(f"layout must be on the inputs' device {given.device}, got {layout.device}")
 
 
 def check_attention_mask(mask: Tensor, queries: int, keys: int, padding: Tensor | None) -> None:

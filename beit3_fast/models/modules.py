@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .. import ops
+from ..layout import ExpertRows
 
 
 class MultiwayLinear(nn.Module):
@@ -63,20 +64,26 @@ class MultiwayLinear(nn.Module):
         return self
 
     def forward(
-        self, x: Tensor, expert_offsets: Tensor, residual: Tensor | None = None, activation: str | None = None
+        self, x: Tensor, rows: ExpertRows, residual: Tensor | None = None, activation: str | None = None
     ) -> Tensor:
         if ops.serves_packed(x, self.weight):
             return ops.packed_linear(
                 x,
                 self.weight,
                 self.bias,
-                expert_offsets,
+                rows.offsets,
                 scales=self.scales,
                 activation=activation,
                 residual=residual,
             )
         return ops.multiway_linear(
-            x, self.unpacked(), self.bias, expert_offsets, activation=activation, residual=residual
+            x,
+            self.unpacked(),
+            self.bias,
+            rows.offsets,
+            activation=activation,
+            residual=residual,
+            bounds=rows.bounds,
         )
 
     def extra_repr(self) -> str:
@@ -111,8 +118,8 @@ class MultiwayLayerNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(num_experts, width))
         self.bias = nn.Parameter(torch.zeros(num_experts, width))
 
-    def forward(self, x: Tensor, expert_offsets: Tensor) -> Tensor:
-        normed = ops.layer_norm(x, self.weight, self.bias, expert_offsets, eps=self.eps)
+    def forward(self, x: Tensor, rows: ExpertRows) -> Tensor:
+        normed = ops.layer_norm(x, self.weight, self.bias, rows.offsets, eps=self.eps)
         assert isinstance(normed, Tensor)
         return normed
 
@@ -142,10 +149,10 @@ class MultiwayFeedForward(nn.Module):
         _fold_again(self)
         return self
 
-    def forward(self, x: Tensor, expert_offsets: Tensor, residual: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, rows: ExpertRows, residual: Tensor | None = None) -> Tensor:
         if ops.serves_packed(x, self.fc1.weight):
-            hidden = self.ffn_layernorm(self.fc1(x, expert_offsets, activation="gelu"), expert_offsets)
-            return self.fc2(hidden, expert_offsets, residual)
+            hidden = self.ffn_layernorm(self.fc1(x, rows, activation="gelu"), rows)
+            return self.fc2(hidden, rows, residual)
         fc1, norm, fc2 = self.fc1, self.ffn_layernorm, self.fc2
         if ops.serves_packed(x, fc1.weight) and ops.serves_packed(x, fc2.weight):
             return ops.packed_ffn(
@@ -156,7 +163,7 @@ class MultiwayFeedForward(nn.Module):
                 norm.bias,
                 fc2.weight,
                 fc2.bias,
-                expert_offsets,
+                rows.offsets,
                 fc1_scales=fc1.scales,
                 fc2_scales=fc2.scales,
                 residual=residual,
@@ -170,10 +177,11 @@ class MultiwayFeedForward(nn.Module):
             norm.bias,
             fc2.unpacked(),
             fc2.bias,
-            expert_offsets,
+            rows.offsets,
             residual=residual,
             eps=norm.eps,
             folded=self.folded,
+            bounds=rows.bounds,
         )
 
 

@@ -46,13 +46,16 @@ def define_compiled(schema: str, plain: Callable[..., Any], fake: Callable[..., 
     """Define an op that the CPU library compiles; on other devices, and where there is no such library, it is `plain`.
 
     Returns:
-        The op, but `plain` where a tensor is of fp64, which the library does not have.
+        The op, but `plain` on other devices, and where a tensor is of fp64, which the library does not have. Only
+        `plain` gets the keyword arguments: what the host knows, so that it need not wait for the device to say so.
     """
     op = define(schema, plain, fake)
 
-    def compiled(*args: Any) -> Any:
+    def compiled(*args: Any, **known: Any) -> Any:
         in_double = torch.float64 in [arg.dtype for arg in args if isinstance(arg, Tensor)]
-        return (plain if in_double else op)(*args)
+        if in_double or args[0].device.type != "cpu":
+            return plain(*args, **known)
+        return op(*args)
 
     return compiled
 
@@ -86,18 +89,28 @@ def autocast(op: torch._ops.OpOverload, arguments: Sequence[str]) -> None:
         _LIBRARY.impl(name, kernel, key)
 
 
-def segments(expert_offsets: Tensor, num_rows: int, *, all_experts: bool = False) -> Iterator[tuple[int, slice]]:
-    """(expert, rows) for every expert that has rows (or for all), from offsets read on the host.
+def segments(
+    expert_offsets: Tensor, num_rows: int, *, all_experts: bool = False, bounds: Sequence[int] | None = None
+) -> Iterator[tuple[int, slice]]:
+    """(expert, rows) for every expert that has rows (or for all): from the bounds that the host knows, without them
+    from the offsets, which on a GPU is a wait.
 
     Raises:
         ValueError: offsets that do not start at 0, decrease, or exceed num_rows.
     """
-    offsets = expert_offsets.tolist()
+    offsets = expert_offsets.tolist() if bounds is None else bounds
     if offsets[0] != 0 or offsets[-1] > num_rows or any(a > b for a, b in pairwise(offsets)):
-        raise ValueError(f"expert_offsets must rise from 0 to at most {num_rows} (the rows of x), got {offsets}")
+        name = "expert_offsets" if bounds is None else "bounds"
+        raise ValueError(f"{name} must rise from 0 to at most {num_rows} (the rows of x), got {list(offsets)}")
     for expert, (start, stop) in enumerate(pairwise(offsets)):
         if start < stop or all_experts:
             yield expert, slice(start, stop)
+
+
+def rows_in_use(rows: Tensor, where: slice, expert_offsets: Tensor) -> Tensor:
+    """``rows[where]``, zeros past the last offset: what lies there must not enter a sum over rows, NaN included."""
+    positions = torch.arange(where.start, where.stop, device=rows.device)
+    return torch.where((positions < expert_offsets[-1]).unsqueeze(1), rows[where], 0)
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
@@ -164,6 +177,18 @@ def check_offsets(expert_offsets: Tensor, num_experts: int, x: Tensor) -> None:
         raise ValueError(f"expert_offsets must be on x's device {x.device}, got {expert_offsets.device}")
     if x.device.type == "cpu" and not torch.compiler.is_compiling():  # on a GPU a look would be a wait
         next(segments(expert_offsets, x.shape[0]), None)
+
+
+def check_bounds(bounds: Sequence[int] | None, num_experts: int, x: Tensor) -> None:
+    """One bound an expert and one more; while tracing, where they may be symbols, only their number is looked at."""
+    if bounds is None:
+        return
+    if not isinstance(bounds, Sequence) or len(bounds) != num_experts + 1:
+        raise ValueError(f"bounds must be {num_experts + 1} ints (experts + 1), got {bounds!r}")
+    if not torch.compiler.is_compiling() and (
+        bounds[0] != 0 or bounds[-1] != x.shape[0] or any(a > b for a, b in pairwise(bounds))
+    ):
+        raise ValueError(f"bounds must rise from 0 to {x.shape[0]}, the rows of x, got {list(bounds)}")
 
 
 def check_residual(residual: Tensor | None, shape: tuple[int, ...], x: Tensor) -> None:

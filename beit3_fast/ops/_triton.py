@@ -44,9 +44,15 @@ def serves(x: Tensor) -> bool:
     return x.device.type == "cuda" and x.dtype in _DTYPES and unsupported(x.device.index or 0) is None
 
 
-def precision() -> str:
-    """How fp32 products are taken, by PyTorch's own setting (``torch.set_float32_matmul_precision``)."""
-    return "ieee" if torch.get_float32_matmul_precision() == "highest" else "tf32"
+def precision(dtype: torch.dtype) -> str:
+    """How products of `dtype` are taken, fp32 ones by PyTorch's own setting: ``torch.set_float32_matmul_precision``, or
+    ``torch.backends.cuda.matmul.fp32_precision`` and its elders, which the former refuses to speak for once they were
+    set."""
+    if dtype != torch.float32:
+        return "ieee"
+    matmul = torch.backends.cuda.matmul
+    # The newer setting can be read whichever of the two was used; it has been there since torch 2.9.
+    return "tf32" if matmul.fp32_precision == "tf32" else "ieee"
 
 
 def on_device(x: Tensor) -> contextlib.AbstractContextManager[object]:

@@ -124,24 +124,49 @@ def _samples(layout_segments: Tensor) -> Iterator[tuple[Tensor, int]]:
             yield torch.cat([vision, text]), vision_len
 
 
-def _forbidden(mask: str, forbidden: Tensor | None, vision_len: int, rows: Tensor) -> Tensor | None:
-    """(S, S) bool, True = the query (row) may not see the key (column); None = everything may be seen."""
-    length = rows.shape[0]
+def rows_of_positions(layout_segments: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Row of each position of each sample's virtual sequence, and whether there is one: int64 and bool (B, width), 0
+    and False past a sample's end. Nothing is read on the host."""
+    vision_start, vision_len, text_start, text_len = layout_segments.long().unsqueeze(-1).unbind(1)  # each [B, 1]
+    position = torch.arange(width, device=layout_segments.device)
+    rows = torch.where(position < vision_len, vision_start + position, text_start + position - vision_len)
+    exists = position < vision_len + text_len
+    return torch.where(exists, rows, 0), exists
+
+
+def gather_samples(tensor: Tensor, rows: Tensor, exists: Tensor) -> Tensor:
+    """(N, ...) rows -> (B, width, ...) samples, zeros past their ends."""
+    if tensor.shape[0] == 0:
+        return tensor.new_zeros(*exists.shape, *tensor.shape[1:])
+    return tensor[rows].masked_fill(~exists.view(*exists.shape, *[1] * (tensor.ndim - 1)), 0)
+
+
+def _scatter_samples(samples: Tensor, rows: Tensor, exists: Tensor, num_rows: int) -> Tensor:
+    """The inverse of :func:`gather_samples`; rows of no sample are zeros."""
+    out = samples.new_zeros(num_rows + 1, *samples.shape[2:])  # the last one takes what does not exist
+    out[torch.where(exists, rows, num_rows)] = samples
+    return out[:num_rows]
+
+
+def _forbidden(mask: str, forbidden: Tensor | None, vision_len: int | Tensor, like: Tensor) -> Tensor | None:
+    """(S, S) bool, True = the query (row) may not see the key (column), S the last dimension of `like`; None =
+    everything may be seen. With a vision length a sample (B, 1, 1), (B, S, S)."""
+    length = like.shape[-1]
     if forbidden is not None:
         return forbidden[:length, :length]
     if mask == "full":
         return None
-    position = torch.arange(length, device=rows.device)
+    position = torch.arange(length, device=like.device)
     later = position.unsqueeze(0) > position.unsqueeze(1)  # [S, S]: key after query
     if mask == "captioning":
-        later &= (position >= vision_len).unsqueeze(0)  # image keys are open to all
+        later = later & (position >= vision_len)  # image keys are open to all
     return later
 
 
 def _probabilities(q: Tensor, k: Tensor, forbidden: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """(H, S, S) softmax in the wide dtype and its (H, S) log-sum-exp, for q, k (S, H, d) of one sample."""
+    """(..., H, S, S) softmax in the wide dtype and its (..., H, S) log-sum-exp, for q, k (..., S, H, d)."""
     # q is scaled first, as in the public code: in fp16 the product alone could overflow
-    scores = torch.einsum("ihd,jhd->hij", q * scale, k).to(wide(q.dtype))
+    scores = torch.einsum("...ihd,...jhd->...hij", q * scale, k).to(wide(q.dtype))
     if forbidden is not None:
         scores = scores.masked_fill(forbidden, float("-inf"))
     lse = scores.logsumexp(-1)
@@ -149,29 +174,30 @@ def _probabilities(q: Tensor, k: Tensor, forbidden: Tensor | None, scale: float)
     return torch.exp(scores - lse.masked_fill(lse == float("-inf"), 0).unsqueeze(-1)), lse
 
 
+def _hidden(mask: str, forbidden: Tensor | None, layout_segments: Tensor, exists: Tensor) -> Tensor:
+    """(B, 1, S, S) bool over heads: what the mask forbids, and keys past a sample's end."""
+    masked = _forbidden(mask, forbidden, layout_segments[:, 1].view(-1, 1, 1), exists)
+    missing = ~exists.unsqueeze(1)  # [B, 1, S]: no query sees such a key
+    return (missing if masked is None else masked | missing).unsqueeze(1)
+
+
 def _plain_forward(
     qkv: Tensor, layout_segments: Tensor, forbidden: Tensor | None, mask: str, scale: float, max_length: int, save: bool
 ) -> tuple[Tensor, Tensor]:
-    num_rows, _, num_heads, head_dim = qkv.shape
-    out = qkv.new_empty(num_rows, num_heads, head_dim)
-    lse = qkv.new_zeros((num_heads, num_rows) if save else 0, dtype=wide(qkv.dtype))
-    used = 0
-    for rows, vision_len in _samples(layout_segments):
-        hidden = _forbidden(mask, forbidden, vision_len, rows)
-        sample = qkv[rows]  # [S, 3, H, d]
-        if save or forbidden is not None:
-            q, k, v = sample.unbind(1)
-            probabilities, sample_lse = _probabilities(q, k, hidden, scale)
-            out[rows] = torch.einsum("hij,jhd->ihd", probabilities.to(v.dtype), v)
-            if save:
-                lse[:, rows] = sample_lse
-        else:
-            q, k, v = sample.permute(1, 2, 0, 3).unsqueeze(1)  # each [1, H, S, d]
-            allowed = None if hidden is None else hidden.logical_not()
-            out[rows] = F.scaled_dot_product_attention(q, k, v, attn_mask=allowed, scale=scale)[0].transpose(0, 1)
-        used += rows.shape[0]
-    out[used:] = 0  # samples fill the rows without a gap
-    return out.flatten(1), lse
+    num_rows = qkv.shape[0]
+    rows, exists = rows_of_positions(layout_segments, max_length)
+    hidden = _hidden(mask, forbidden, layout_segments, exists)
+    q, k, v = gather_samples(qkv, rows, exists).unbind(2)  # each [B, S, H, d]
+    lse = qkv.new_empty(0, dtype=wide(qkv.dtype))
+    if save or forbidden is not None:
+        probabilities, sample_lse = _probabilities(q, k, hidden, scale)
+        out = torch.einsum("bhij,bjhd->bihd", probabilities.to(v.dtype), v)
+        if save:
+            lse = _scatter_samples(sample_lse.transpose(1, 2), rows, exists, num_rows).t().contiguous()
+    else:
+        q, k, v = (part.transpose(1, 2) for part in (q, k, v))
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=~hidden, scale=scale).transpose(1, 2)
+    return _scatter_samples(out, rows, exists, num_rows).flatten(1), lse
 
 
 def _fake(
@@ -193,19 +219,18 @@ def _plain_backward(
     scale: float,
     max_length: int,
 ) -> Tensor:
-    dqkv = qkv.new_zeros(qkv.shape)
-    dout, out = dout.view_as(qkv[:, 0]), out.view_as(qkv[:, 0])
-    for rows, vision_len in _samples(layout_segments):
-        q, k, v = qkv[rows].unbind(1)  # [S, H, d]
-        probabilities, _ = _probabilities(q, k, _forbidden(mask, forbidden, vision_len, rows), scale)
-        dy = dout[rows]
-        dprobabilities = torch.einsum("ihd,jhd->hij", dy, v).to(probabilities.dtype)
-        delta = (dy * out[rows]).to(probabilities.dtype).sum(-1).t().unsqueeze(-1)  # [H, S, 1]
-        dscores = (probabilities * (dprobabilities - delta)).to(q.dtype)
-        dqkv[rows, 0] = torch.einsum("hij,jhd->ihd", dscores, k) * scale
-        dqkv[rows, 1] = torch.einsum("hij,ihd->jhd", dscores, q * scale)
-        dqkv[rows, 2] = torch.einsum("hij,ihd->jhd", probabilities.to(dy.dtype), dy)
-    return dqkv
+    rows, exists = rows_of_positions(layout_segments, max_length)
+    hidden = _hidden(mask, forbidden, layout_segments, exists)
+    q, k, v = gather_samples(qkv, rows, exists).unbind(2)  # each [B, S, H, d]
+    dy, y = (gather_samples(rows_.view_as(qkv[:, 0]), rows, exists) for rows_ in (dout, out))
+    probabilities, _ = _probabilities(q, k, hidden, scale)
+    dprobabilities = torch.einsum("bihd,bjhd->bhij", dy, v).to(probabilities.dtype)
+    delta = (dy * y).to(probabilities.dtype).sum(-1).transpose(1, 2).unsqueeze(-1)  # [B, H, S, 1]
+    dscores = (probabilities * (dprobabilities - delta)).to(q.dtype)
+    dq = torch.einsum("bhij,bjhd->bihd", dscores, k) * scale
+    dk = torch.einsum("bhij,bihd->bjhd", dscores, q * scale)
+    dv = torch.einsum("bhij,bihd->bjhd", probabilities.to(dy.dtype), dy)
+    return _scatter_samples(torch.stack((dq, dk, dv), dim=2), rows, exists, qkv.shape[0])
 
 
 def _backward_fake(dout: Tensor, qkv: Tensor, *_: Any) -> Tensor:
@@ -226,7 +251,7 @@ def _triton_forward(
 
     if not _has_kernel(qkv, forbidden):
         return _compiled(qkv, layout_segments, forbidden, *args)
-    return kernels.forward(qkv.contiguous(), layout_segments.contiguous(), *args, precision=precision())
+    return kernels.forward(qkv.contiguous(), layout_segments.contiguous(), *args, precision=precision(qkv.dtype))
 
 
 def _triton_backward(
@@ -237,7 +262,7 @@ def _triton_backward(
     if not _has_kernel(qkv, forbidden):
         return _compiled_backward(dout, qkv, out, lse, layout_segments, forbidden, *args)
     tensors = (dout.contiguous(), qkv.contiguous(), out, lse, layout_segments.contiguous())
-    return kernels.backward(*tensors, *args, precision=precision())
+    return kernels.backward(*tensors, *args, precision=precision(qkv.dtype))
 
 
 _FORWARD = (

@@ -12,6 +12,7 @@ from ..layout import TokenLayout
 from . import _library
 from ._library import check_tensors, wide
 from ._triton import precision
+from .attention import gather_samples, rows_of_positions
 
 
 def decode_attention(
@@ -95,7 +96,7 @@ def decode_attention_reference(
     *,
     scale: float | None = None,
 ) -> Tensor:
-    """:func:`decode_attention` in plain PyTorch: per sample, scores and probabilities in memory."""
+    """:func:`decode_attention` in plain PyTorch: scores and probabilities in memory."""
     scale = qkv.shape[3] ** -0.5 if scale is None else scale
     return _forward(qkv, prefix, layout.segments, words, history, length, scale, layout.width)
 
@@ -111,30 +112,24 @@ def _forward(
     max_prefix: int,
 ) -> Tensor:
     _, slots, _, num_heads, head_dim = words.shape
-    segments = layout_segments.tolist()
-    beams, tokens = slots // len(segments), qkv.shape[0] // slots
-    later = torch.ones(tokens, length + tokens, dtype=torch.bool, device=qkv.device).triu(length + 1)
+    samples = layout_segments.shape[0]
+    beams, tokens = slots // samples, qkv.shape[0] // slots
+    rows, exists = rows_of_positions(layout_segments, max_prefix)
+    keys, values = gather_samples(prefix, rows, exists).permute(2, 0, 3, 1, 4)  # each [B, H, P, d]
+    q, *new_kv = qkv.view(samples, beams, tokens, 3, num_heads, head_dim).permute(3, 0, 4, 1, 2, 5)
     place = torch.arange(length, device=qkv.device).unsqueeze(1)
-    new = qkv.view(len(segments), beams, tokens, 3, num_heads, head_dim)
-    out = []
-    for sample, (vision_start, vision_len, text_start, text_len) in enumerate(segments):
-        q, *new_kv = new[sample].permute(2, 3, 0, 1, 4)  # each [H, beams, T, d]
-        kept = prefix[vision_start : vision_start + vision_len]
-        if text_len:
-            kept = torch.cat([kept, prefix[text_start : text_start + text_len]])
-        keys, values = kept.permute(1, 2, 0, 3)  # [H, P, d]
-        slot = history[:length, sample * beams : (sample + 1) * beams].long()
-        own = words[place, slot].permute(2, 3, 1, 0, 4)  # [2, H, beams, length, d]
-        own_keys, own_values = (torch.cat(pair, dim=2) for pair in zip(own, new_kv, strict=True))
-        # all beams against their one prefix: [H, beams * T, P]
-        q = q * scale  # first, as in the public code: in fp16 the product alone could overflow
-        to_prefix = (q.flatten(1, 2) @ keys.transpose(1, 2)).unflatten(1, (beams, tokens))
-        to_own = (q @ own_keys.transpose(2, 3)).masked_fill(later, float("-inf"))
-        scores = torch.cat([to_prefix, to_own], dim=-1).to(wide(q.dtype))
-        p_prefix, p_own = scores.softmax(-1).to(q.dtype).split([keys.shape[1], length + tokens], dim=-1)
-        heads = (p_prefix.flatten(1, 2) @ values).unflatten(1, (beams, tokens)) + p_own @ own_values
-        out.append(heads.permute(1, 2, 0, 3).reshape(beams * tokens, -1))
-    return torch.cat(out)
+    own = words[place, history[:length].long()].unflatten(1, (samples, beams))
+    own = own.permute(3, 1, 4, 2, 0, 5)  # [2, B, H, beams, length, d]
+    own_keys, own_values = (torch.cat(pair, dim=-2) for pair in zip(own, new_kv, strict=True))
+    q = q * scale  # first, as in the public code: in fp16 the product alone could overflow
+    # all beams against their one prefix: [B, H, beams * T, P]
+    to_prefix = (q.flatten(2, 3) @ keys.transpose(-1, -2)).masked_fill(~exists.view(samples, 1, 1, -1), float("-inf"))
+    later = torch.ones(tokens, length + tokens, dtype=torch.bool, device=qkv.device).triu(length + 1)
+    to_own = (q @ own_keys.transpose(-1, -2)).masked_fill(later, float("-inf"))
+    scores = torch.cat([to_prefix.unflatten(2, (beams, tokens)), to_own], dim=-1).to(wide(q.dtype))
+    p_prefix, p_own = scores.softmax(-1).to(q.dtype).split([max_prefix, length + tokens], dim=-1)
+    heads = (p_prefix.flatten(2, 3) @ values).unflatten(2, (beams, tokens)) + p_own @ own_values
+    return heads.permute(0, 2, 3, 1, 4).reshape(slots * tokens, num_heads * head_dim)
 
 
 def _fake(qkv: Tensor, *_: Any) -> Tensor:
@@ -148,7 +143,7 @@ def _triton_forward(qkv: Tensor, *args: Any) -> Tensor:
         return _compiled(qkv, *args)
     *tensors, length, scale, max_prefix = args
     contiguous = (tensor.contiguous() for tensor in (qkv, *tensors))
-    return kernels.forward(*contiguous, length, scale, max_prefix, precision=precision())
+    return kernels.forward(*contiguous, length, scale, max_prefix, precision=precision(qkv.dtype))
 
 
 _SIGNATURE = (

@@ -89,23 +89,24 @@ def layer_norm_reference(
     return normed if residual is None else (normed, total)
 
 
+def _expert_of_rows(expert_offsets: Tensor, num_rows: int) -> tuple[Tensor, Tensor]:
+    """The expert of each row, int64 (N,), and whether it has one, bool (N, 1). Nothing is read on the host."""
+    position = torch.arange(num_rows, dtype=expert_offsets.dtype, device=expert_offsets.device)
+    expert = torch.searchsorted(expert_offsets[1:], position, right=True)  # empty experts are passed over
+    num_experts = expert_offsets.shape[0] - 1
+    return expert.clamp(max=num_experts - 1), (expert < num_experts).unsqueeze(1)
+
+
 def _forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, bias: Tensor, expert_offsets: Tensor, eps: float
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     total = x if residual is None else x + residual
-    stats_dtype = wide(total.dtype)
-    normed = torch.zeros_like(total, memory_format=torch.contiguous_format)
-    mean, rstd = total.new_zeros(2, total.shape[0], dtype=stats_dtype).unbind()
-    for expert, rows in segments(expert_offsets, total.shape[0]):
-        y, m, r = torch.native_layer_norm(
-            total[rows].to(stats_dtype),
-            total.shape[1:],
-            weight[expert].to(stats_dtype),
-            bias[expert].to(stats_dtype),
-            eps,
-        )
-        normed[rows], mean[rows], rstd[rows] = y, m.squeeze(1), r.squeeze(1)
-    return normed, empty(x) if residual is None else total, mean.clone(), rstd.clone()
+    expert, exists = _expert_of_rows(expert_offsets, total.shape[0])
+    statistics = wide(total.dtype)
+    normed, mean, rstd = torch.native_layer_norm(total.to(statistics), total.shape[1:], None, None, eps)
+    normed = normed * weight.to(statistics)[expert] + bias.to(statistics)[expert]
+    normed = torch.where(exists, normed, 0).to(total.dtype)
+    return normed, empty(x) if residual is None else total, mean.flatten(), rstd.flatten()
 
 
 def _fake(
@@ -126,24 +127,23 @@ def _backward_forward(
     rstd: Tensor,
     dresidual: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    stats_dtype = mean.dtype
-    dx = torch.zeros_like(total, memory_format=torch.contiguous_format)
-    dweight, dbias = weight.new_zeros(2, *weight.shape).unbind()
-    for expert, rows in segments(expert_offsets, total.shape[0]):
-        dx_piece, dw_piece, db_piece = torch.ops.aten.native_layer_norm_backward(
-            dy[rows].to(stats_dtype),
-            total[rows].to(stats_dtype),
-            total.shape[1:],
-            mean[rows].unsqueeze(1),
-            rstd[rows].unsqueeze(1),
-            weight[expert].to(stats_dtype),
-            weight[expert].to(stats_dtype),  # the bias's value is not used
-            [True, True, True],
-        )
-        dx[rows], dweight[expert], dbias[expert] = dx_piece, dw_piece, db_piece
+    statistics, num_experts = mean.dtype, weight.shape[0]
+    expert, exists = _expert_of_rows(expert_offsets, total.shape[0])
+    mean, rstd, wide_total, dy = mean.unsqueeze(1), rstd.unsqueeze(1), total.to(statistics), dy.to(statistics)
+    through_affine = dy * weight.to(statistics)[expert]
+    dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+        through_affine, wide_total, total.shape[1:], mean, rstd, None, None, [True, False, False]
+    )
+    dx = torch.where(exists, dx, 0).to(total.dtype)
     if dresidual is not None:
         dx += dresidual
-    return dx, dweight.clone(), dbias.clone()
+    with_normed = dy * (wide_total - mean) * rstd
+    owners = [(expert == e).unsqueeze(1) & exists for e in range(num_experts)]
+    dweight, dbias = (
+        torch.stack([torch.where(owner, rows, 0).sum(0) for owner in owners]).to(weight.dtype)
+        for rows in (with_normed, dy)
+    )
+    return dx, dweight, dbias
 
 
 def _backward_fake(dy: Tensor, total: Tensor, weight: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:

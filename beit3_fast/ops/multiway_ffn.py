@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ..backend import current_backend
 from ..tuning import choose
 from . import _library
 from ._library import (
+    check_bounds,
     check_eps,
     check_offsets,
     check_parameter,
@@ -41,6 +43,7 @@ def multiway_ffn(
     row_index: Tensor | None = None,
     eps: float = 1e-5,
     folded: Tensor | None = None,
+    bounds: Sequence[int] | None = None,
 ) -> Tensor:
     """``residual + fc2(LayerNorm(gelu(fc1(x))))`` with the parameters of the row's expert.
 
@@ -60,6 +63,7 @@ def multiway_ffn(
         eps: of the LayerNorm.
         folded: (2, E, D) fp32, :func:`fold_norm` of the last four parameters as they are now, so that a GPU need not
             compute it again. Only read where no gradient is needed.
+        bounds: E + 1 ints, what the host knows of expert_offsets; as in :func:`.multiway_linear`.
 
     Returns:
         (N, D) rows, in the same order as x.
@@ -75,6 +79,7 @@ def multiway_ffn(
     check_same_dtype(x, fc1_weight=fc1_weight, fc2_weight=fc2_weight)
     check_ffn(x, (num_experts, hidden), fc1_bias, norm_weight, norm_bias, fc2_bias, expert_offsets, residual, eps)
     check_row_index(row_index, x)
+    check_bounds(bounds, num_experts, x)
     if folded is not None:
         check_parameter("folded", folded, (2, num_experts, width), x)
         if folded.dtype != torch.float32:
@@ -83,7 +88,8 @@ def multiway_ffn(
     if current_backend() == "reference":
         return multiway_ffn_reference(x, *parameters, expert_offsets, residual=residual, row_index=row_index, eps=eps)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
-    return _multiway_ffn(x, *parameters, expert_offsets, residual, row_index, eps, None if save else folded, save)[0]
+    folded = None if save else folded
+    return _multiway_ffn(x, *parameters, expert_offsets, residual, row_index, eps, folded, save, bounds)[0]
 
 
 def check_ffn(
@@ -168,21 +174,22 @@ def _forward(
     eps: float,
     folded: Tensor | None,
     save: bool,
+    bounds: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     rows = x if row_index is None else x.index_select(0, row_index)
-    hidden, pre = compiled_forward(rows, fc1_weight, fc1_bias, expert_offsets, True, None, None, save)
+    hidden, pre = compiled_forward(rows, fc1_weight, fc1_bias, expert_offsets, True, None, None, save, bounds=bounds)
     mean, rstd = _no_statistics(x), _no_statistics(x)
     if norm_weight is not None and norm_bias is not None:
         hidden, _, mean, rstd = _layer_norm(hidden, None, norm_weight, norm_bias, expert_offsets, eps)
     branch, sums = empty(x), _no_statistics(x)
     for_kernels = save and norm_weight is not None and serves(x)
     fused = residual if row_index is None and not for_kernels else None  # the sum in the product's own pass
-    out, _ = compiled_forward(hidden, fc2_weight, fc2_bias, expert_offsets, False, fused, None, False)
+    out, _ = compiled_forward(hidden, fc2_weight, fc2_bias, expert_offsets, False, fused, None, False, bounds=bounds)
     if for_kernels and norm_weight is not None and norm_bias is not None:
         # plain PyTorch was chosen where the kernels may run the backward: what they would have kept
         sums = fold_norm(norm_weight, norm_bias, fc2_weight, fc2_bias)
         branch = out.clone()
-        for expert, where in segments(expert_offsets, x.shape[0]):
+        for expert, where in segments(expert_offsets, x.shape[0], bounds=bounds):
             branch[where] -= sums[1, expert].to(x.dtype)
     if row_index is not None:
         out = torch.empty_like(out).index_copy_(0, row_index.long(), out)
@@ -211,6 +218,7 @@ def _fake(
     eps: float,
     folded: Tensor | None,
     save: bool,
+    bounds: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     dtype = x.dtype if residual is None else torch.promote_types(x.dtype, residual.dtype)
     pre = x.new_empty((x.shape[0], fc1_weight.shape[1]) if save else 0)
@@ -239,6 +247,7 @@ def _backward_forward(
     eps: float,
     needs_x: bool,
     needs_parameters: bool,
+    bounds: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     if row_index is not None:
         dy, x = dy.index_select(0, row_index), x.index_select(0, row_index)
@@ -249,14 +258,14 @@ def _backward_forward(
     if norm_weight is not None and norm_bias is not None:
         hidden = _layer_norm(activated, None, norm_weight, norm_bias, expert_offsets, eps)[0]
     dhidden, dfc2_weight, dfc2_bias = compiled_backward(
-        dy, hidden, fc2_weight, expert_offsets, None, None, True, needs_parameters
+        dy, hidden, fc2_weight, expert_offsets, None, None, True, needs_parameters, bounds=bounds
     )
     if norm_weight is not None:
         dhidden, dnorm_weight, dnorm_bias = _layer_norm_backward(
             dhidden, activated, norm_weight, expert_offsets, mean, rstd
         )
     dx, dfc1_weight, dfc1_bias = compiled_backward(
-        dhidden, x, fc1_weight, expert_offsets, pre, None, needs_x, needs_parameters
+        dhidden, x, fc1_weight, expert_offsets, pre, None, needs_x, needs_parameters, bounds=bounds
     )
     if row_index is not None and needs_x:
         dx = torch.empty_like(dx).index_copy_(0, row_index.long(), dx)
@@ -268,7 +277,7 @@ def _backward_forward(
 def _backward_fake(
     dy: Tensor, x: Tensor, fc1_weight: Tensor, norm_weight: Tensor | None, _: Any, fc2_weight: Tensor, *args: Any
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    needs_x, needs_parameters = args[-2:]
+    needs_x, needs_parameters, _ = args[-3:]
 
     def parameter(shape: torch.Size) -> Tensor:
         return x.new_empty(shape if needs_parameters else 0)
@@ -297,28 +306,27 @@ def _triton_forward(*args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor,
     choice = choose("multiway_ffn", x.device, x.dtype, x.shape[0], num_experts, (width, hidden))
     if not choice.use_triton:
         return _forward(*args)
-    return kernels.forward(*args, precision=precision(), configs=choice.configs)
+    return kernels.forward(*args[:-1], precision=precision(x.dtype), configs=choice.configs)
 
 
 def _triton_backward(dy: Tensor, *args: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     from ..kernels import multiway_ffn as kernels
 
     x, fc1_weight, norm_weight = args[:3]
-    *tensors, _, needs_x, needs_parameters = args
+    *tensors, _, needs_x, needs_parameters, _ = args
     sums = tensors[-1]
     num_experts, hidden, width = fc1_weight.shape
     choice = choose("multiway_ffn_backward", x.device, x.dtype, x.shape[0], num_experts, (width, hidden))
     if not choice.use_triton or (norm_weight is not None and not sums.numel()):
         return _backward_forward(dy, *args)
-    return kernels.backward(
-        unit_stride(dy), *tensors, needs_x, needs_parameters, precision=precision(), configs=choice.configs
-    )
+    configs = {"precision": precision(x.dtype), "configs": choice.configs}
+    return kernels.backward(unit_stride(dy), *tensors, needs_x, needs_parameters, **configs)
 
 
 _multiway_ffn = _library.define(
     "multiway_ffn(Tensor x, Tensor fc1_weight, Tensor fc1_bias, Tensor? norm_weight, Tensor? norm_bias,"
     " Tensor fc2_weight, Tensor fc2_bias, Tensor expert_offsets, Tensor? residual, Tensor? row_index, float eps,"
-    " Tensor? folded, bool save)"
+    " Tensor? folded, bool save, SymInt[]? bounds)"
     " -> (Tensor out, Tensor pre_activation, Tensor mean, Tensor rstd, Tensor branch, Tensor sums)",
     _forward,
     _fake,
@@ -327,7 +335,7 @@ _multiway_ffn = _library.define(
 _multiway_ffn_backward = _library.define(
     "multiway_ffn_backward(Tensor dy, Tensor x, Tensor fc1_weight, Tensor? norm_weight, Tensor? norm_bias,"
     " Tensor fc2_weight, Tensor expert_offsets, Tensor? row_index, Tensor pre_activation, Tensor mean, Tensor rstd,"
-    " Tensor branch, Tensor sums, float eps, bool needs_x, bool needs_parameters)"
+    " Tensor branch, Tensor sums, float eps, bool needs_x, bool needs_parameters, SymInt[]? bounds)"
     " -> (Tensor dx, Tensor dfc1_weight, Tensor dfc1_bias, Tensor dnorm_weight, Tensor dnorm_bias,"
     " Tensor dfc2_weight, Tensor dfc2_bias)",
     _backward_forward,
@@ -339,20 +347,20 @@ _multiway_ffn_backward = _library.define(
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, fc1_weight, _, norm_weight, norm_bias, fc2_weight, _, expert_offsets, residual, row_index, eps, *_ = inputs
     ctx.save_for_backward(x, fc1_weight, norm_weight, norm_bias, fc2_weight, expert_offsets, row_index, *output[1:])
-    ctx.eps, ctx.residual_dtype = eps, None if residual is None else residual.dtype
+    ctx.eps, ctx.residual_dtype, ctx.bounds = eps, None if residual is None else residual.dtype, inputs[-1]
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
-        return (None,) * 13
+        return (None,) * 14
     saved = ctx.saved_tensors
     needs_x, needs_parameters = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:7])
     grads: tuple[Tensor | None, ...] = (None,) * 7
     if needs_x or needs_parameters:
-        computed = _multiway_ffn_backward(dy.to(saved[0].dtype), *saved, ctx.eps, needs_x, needs_parameters)
+        computed = _multiway_ffn_backward(dy.to(saved[0].dtype), *saved, ctx.eps, needs_x, needs_parameters, ctx.bounds)
         grads = tuple(grad if need else None for grad, need in zip(computed, ctx.needs_input_grad[:7], strict=True))
     dresidual = None if ctx.residual_dtype is None else dy.to(ctx.residual_dtype)
-    return (*grads, None, dresidual, None, None, None, None)
+    return (*grads, None, dresidual, *(None,) * 5)
 
 
 _library.differentiate(_multiway_ffn, _setup, _backward)

@@ -280,7 +280,8 @@ def test_opcheck(launches: Any) -> None:
     with launches(check_races=False):
         for index in (None, permutation(partition, torch.int32)):
             opcheck(
-                torch.ops.beit3_fast.multiway_ffn, (x, *parameters, partition.offsets, None, index, EPS, None, True)
+                torch.ops.beit3_fast.multiway_ffn,
+                (x, *parameters, partition.offsets, None, index, EPS, None, True, None),
             )
 
 

@@ -251,7 +251,7 @@ def test_opcheck(launches: Any) -> None:
     with launches(check_races=False):
         opcheck(
             torch.ops.beit3_fast.multiway_linear,
-            (x, weight, bias, partition.offsets, True, residual, permutation(partition, torch.int32), True),
+            (x, weight, bias, partition.offsets, True, residual, permutation(partition, torch.int32), True, None),
         )
 
 

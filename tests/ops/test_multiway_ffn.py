@@ -452,16 +452,16 @@ def test_opcheck(
     x, *parameters, residual = inputs.values()
     offsets, row_index = partition.offsets, permutation(partition, index_dtype)
     ops = torch.ops.beit3_fast
-    opcheck(ops.multiway_ffn, (x, *parameters, offsets, residual, row_index, EPS, None, True))
+    opcheck(ops.multiway_ffn, (x, *parameters, offsets, residual, row_index, EPS, None, True, None))
     with torch.no_grad():
-        _, *saved = ops.multiway_ffn(x, *parameters, offsets, residual, row_index, EPS, None, True)
+        _, *saved = ops.multiway_ffn(x, *parameters, offsets, residual, row_index, EPS, None, True, None)
     x, fc1_weight, _, norm_weight, norm_bias, fc2_weight, _ = (
         None if value is None else value.detach() for value in (x, *parameters)
     )
     dy = normal(partition.num_rows, 6, dtype=dtype)
     for needs_x, needs_parameters in ((True, True), (True, False), (False, True)):
         args = (dy, x, fc1_weight, norm_weight, norm_bias, fc2_weight, offsets, row_index, *saved, EPS)
-        args += (needs_x, needs_parameters)
+        args += (needs_x, needs_parameters, None)
         opcheck(ops.multiway_ffn_backward, args, test_utils=("test_schema", "test_faketensor"))
     opcheck(ops.multiway_ffn_backward, args)
 
@@ -469,7 +469,7 @@ def test_opcheck(
 def test_opcheck_saves_nothing_when_told() -> None:
     partition = Partition((4, 3))
     x, *parameters, _ = make_inputs(partition, 6, 11, torch.float32, norm_dtype=torch.float32).values()
-    args = (x, *parameters, partition.offsets, None, None, EPS, None, False)
+    args = (x, *parameters, partition.offsets, None, None, EPS, None, False, None)
     opcheck(torch.ops.beit3_fast.multiway_ffn, args)
     assert [output.shape for output in torch.ops.beit3_fast.multiway_ffn(*args)[1:]] == [(0,)] * 5
 

@@ -396,13 +396,13 @@ def test_opcheck(
     x, weight, bias_, residual = inputs.values()
     row_index, offsets = permutation(partition, index_dtype), partition.offsets
     ops = torch.ops.beit3_fast
-    opcheck(ops.multiway_linear, (x, weight, bias_, offsets, gelu, residual, row_index, True))
+    opcheck(ops.multiway_linear, (x, weight, bias_, offsets, gelu, residual, row_index, True, None))
     with torch.no_grad():
-        _, pre = ops.multiway_linear(x, weight, bias_, offsets, gelu, residual, row_index, True)
+        _, pre = ops.multiway_linear(x, weight, bias_, offsets, gelu, residual, row_index, True, None)
     x, weight = x.detach(), weight.detach()
     dy, pre = normal(partition.num_rows, 5, dtype=dtype), pre if gelu else None
     for needs_x, needs_parameters in ((True, True), (True, False), (False, True)):
-        args = (dy, x, weight, offsets, pre, row_index, needs_x, needs_parameters)
+        args = (dy, x, weight, offsets, pre, row_index, needs_x, needs_parameters, None)
         opcheck(ops.multiway_linear_backward, args, test_utils=("test_schema", "test_faketensor"))
     opcheck(ops.multiway_linear_backward, args)
 
@@ -410,7 +410,7 @@ def test_opcheck(
 def test_opcheck_saves_nothing_when_told() -> None:
     partition = Partition((4, 3))
     x, weight, bias, _ = make_inputs(partition, 6, 5, torch.float32).values()
-    args = (x, weight, bias, partition.offsets, True, None, None, False)
+    args = (x, weight, bias, partition.offsets, True, None, None, False, None)
     opcheck(torch.ops.beit3_fast.multiway_linear, args)
     assert torch.ops.beit3_fast.multiway_linear(*args)[1].shape == (0,)
 
