@@ -287,7 +287,9 @@ def bench_simulate(**options: Any) -> None:
 @main.command()
 @click.option("--width", type=int, default=None, help="Of the model. [default: those of base and large]")
 @click.option("--hidden", type=int, default=None, help="Of its feed-forward block. [default: 4 x width]")
-@click.option("--rows", type=int, multiple=True, help="Tokens in a batch, rounded up to a power of two; repeatable.")
+@click.option(
+    "--rows", type=int, multiple=True, help="Tokens in a batch, rounded up to three binary digits; repeatable."
+)
 @click.option(
     "--dtype",
     "dtypes",
@@ -297,10 +299,11 @@ def bench_simulate(**options: Any) -> None:
 )
 @click.option("--op", "ops", multiple=True, help="Tune this op only, e.g. multiway_ffn_backward; repeatable.")
 @click.option("--experts", type=int, default=2, help="Weights per layer: 2 in BEiT-3, vision and text.")
+@click.option("--all", "exhaustive", is_flag=True, help="Time every valid config, not the promising ones; takes hours.")
 @click.option("--list", "show", is_flag=True, help="Print what is stored, and tune nothing.")
 @click.option("--clear", "remove", is_flag=True, help="Remove this GPU's entries, and tune nothing.")
 def tune(**options: Any) -> None:
-    """Find the fastest kernel configs on this GPU and keep them; takes minutes to hours.
+    """Find the fastest kernel configs on this GPU and keep them; takes minutes.
 
     Every config must pass parity before it is timed, and where PyTorch is faster, PyTorch is used. Later calls look the
     winners up; nothing is tuned while a model runs.

@@ -394,10 +394,10 @@ def draw_weights(config: EncoderConfig, dtype: torch.dtype, device: torch.device
     """
     with torch.device("meta"):
         shapes = {name: tensor.shape for name, tensor in reference.BEiT3(config).state_dict().items()}
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)  # hundreds of millions of values: a GPU draws its own
 
     def draw(name: str, shape: torch.Size) -> Tensor:
-        values = torch.randn(shape, generator=generator)
+        values = torch.randn(shape, generator=generator, device=device)
         if name.endswith(".bias"):
             values *= 0.1
         elif len(shape) == 1:  # a LayerNorm's weight
@@ -406,7 +406,7 @@ def draw_weights(config: EncoderConfig, dtype: torch.dtype, device: torch.device
             values *= 0.5
         else:
             values *= shape[1:].numel() ** -0.5
-        return values.to(dtype).to(device)
+        return values.to(dtype)
 
     return {name: draw(name, shape) for name, shape in shapes.items()}
 

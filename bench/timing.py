@@ -239,15 +239,13 @@ def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
     return lambda: next(turns)()
 
 
-def median_time(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
-    """Nanoseconds of one call, the median of :data:`SAMPLES` times.
-
-    On a CUDA device the calls are :class:`Captured` and their graph is replayed between events; elsewhere each is timed
-    by the wall clock, in turn, after all have been called once.
+def prepared(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], object]:
+    """What a :func:`stopwatch_for` the device times: :class:`Captured` calls on a CUDA device; elsewhere a function
+    that makes the next of them each time, after all have been made once.
 
     A call that cannot be captured raises rather than being timed in another way: its figure would have the host's time
     in it and stand beside others that have not. Who wants that figure nevertheless catches the error and says so beside
-    it: ``cuda_events()(call)``.
+    it: ``median_of(in_turn(calls), device)``.
 
     Args:
         calls: functions that do the same work, each on operands of its own; :func:`rotations` says how many keep the
@@ -257,19 +255,30 @@ def median_time(calls: Sequence[Callable[[], object]], device: torch.device) -> 
         CaptureError: on a CUDA device, calls that wait for it or that no graph can hold for another reason.
         ValueError: no calls.
     """
+    if device.type == "cuda":
+        return Captured(calls, device)
     if not calls:
         raise ValueError("calls must hold at least one function, got none")
-    if device.type == "cuda":
-        run: Callable[[], object] = Captured(calls, device)
-        with torch.cuda.device(device):
-            return _median(run, stopwatch_for(device), SAMPLES)
     for call in calls:
         call()
-    return _median(in_turn(calls), stopwatch_for(device), max(SAMPLES, len(calls)))
+    return in_turn(calls)
 
 
-def _median(run: Callable[[], object], stopwatch: Stopwatch, samples: int) -> float:
-    return statistics.median(stopwatch(run) for _ in range(samples))
+def median_of(run: Callable[[], object], device: torch.device) -> float:
+    """Nanoseconds of a :func:`prepared` call, the median of :data:`SAMPLES` times."""
+    stopwatch = stopwatch_for(device)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        return statistics.median(stopwatch(run) for _ in range(SAMPLES))
+
+
+def median_time(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
+    """Nanoseconds of one call, the median of :data:`SAMPLES` times of the :func:`prepared` calls.
+
+    Raises:
+        CaptureError: on a CUDA device, calls that wait for it or that no graph can hold for another reason.
+        ValueError: no calls.
+    """
+    return median_of(prepared(calls, device), device)
 
 
 def rotations(bytes_per_call: int, device: torch.device) -> int:

@@ -6,13 +6,14 @@ import argparse
 import sys
 from pathlib import Path
 
-from .command import DEFAULT_BUDGET, report
+from .command import report
+from .plan import BUDGET
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="gpu-report", description="Measure everything on this machine's GPU.")
     parser.add_argument("--out", type=Path, required=True, help="folder for the files")
-    parser.add_argument("--budget", type=float, default=DEFAULT_BUDGET, help="seconds for all of it")
+    parser.add_argument("--budget", type=float, default=BUDGET, help="seconds for all of it")
     parser.add_argument("--section", action="append", default=[], dest="sections", help="this section only; repeatable")
     parser.add_argument("--dry-run", action="store_true", help="all of it on a CPU with tiny shapes")
     options = parser.parse_args()

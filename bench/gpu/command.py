@@ -14,7 +14,6 @@ from .driver import MOST_FILES, RESULTS, Report
 from .plan import SECTIONS
 from .record import Line
 
-DEFAULT_BUDGET = 430.0
 SHORTEST = 5.0
 KEPT = Path("bench") / "results"
 """Where a person puts results that are to stay."""

@@ -26,7 +26,7 @@ from typing import Any
 
 from ..isolation import signal_name
 from . import preparation, record
-from .plan import SECTIONS, Section
+from .plan import BUDGET, SECTIONS, Section
 from .preparation import Task
 from .summary import summary
 
@@ -109,7 +109,10 @@ class Report:
         return self._end - time.monotonic()
 
     def _run(self) -> None:
+        chosen = {section.name for section in self._sections}
         for task in self._prepare(self.dry):
+            if task.serves and not chosen.intersection(task.serves):
+                continue
             seconds = min(task.seconds, self._left)
             self._background.append(_Process(task.command, self._scratch, _environment(self.dry), task.name, seconds))
         for section in self._sections:
@@ -121,7 +124,8 @@ class Report:
         self._note("report", "end", values={"seconds": round(time.monotonic() - self._started, 1)})
 
     def _section(self, section: Section) -> None:
-        start, deadline = time.monotonic(), time.monotonic() + min(section.seconds, self._left)
+        start, longest = time.monotonic(), section.seconds * max(1.0, self._budget / BUDGET)
+        deadline = start + min(longest, self._left)
         current = self._scratch / "current.json"
         ended = ""
         for _ in range(STARTS):

@@ -54,7 +54,7 @@ class Setups:
 
 
 def layout_of(setup: Setup) -> TokenLayout:
-    """Where the rows of the case's inputs are. Made once, from lengths on the host: a forward can be captured then."""
+    """Where the rows of the case's inputs are, lengths known on the host: a forward with it can be captured."""
     case, config = setup.case, setup.config
     vision = (config.img_size // config.patch_size) ** 2 + 1
     return TokenLayout.from_lengths(
@@ -62,11 +62,10 @@ def layout_of(setup: Setup) -> TokenLayout:
     )
 
 
-def forward(backbone: nn.Module, setup: Setup, layout: TokenLayout) -> Tensor:
-    """Ours on a ready layout: encoded rows (N, D), without padding."""
-    inputs = setup.inputs
-    vision = backbone.vision_embed(inputs.visual_tokens)  # type: ignore[operator]
-    return backbone.encoder(backbone._rows(vision, inputs.textual_tokens, layout), layout)  # type: ignore[operator]
+def our_forward(backbone: BEiT3, setup: Setup) -> Call:
+    """Ours on a ready layout: encoded rows (N, D) in expert order, without padding."""
+    layout, given = layout_of(setup), setup.inputs
+    return lambda: backbone.encode(given.visual_tokens, given.textual_tokens, layout=layout)[0]
 
 
 class Encode(nn.Module):
@@ -98,8 +97,8 @@ def plain_inputs(setup: Setup) -> tuple[Tensor | None, Tensor | None, Tensor | N
 
 def _ours(setup: Setup, optimized: bool) -> Call:
     backbone = setup.build(BEiT3)
-    backbone, layout = optimize(backbone) if optimized else backbone, layout_of(setup)
-    return lambda: forward(backbone, setup, layout)
+    assert isinstance(backbone, BEiT3)
+    return our_forward(optimize(backbone) if optimized else backbone, setup)
 
 
 def _plain(make: Callable[[Any], nn.Module]) -> Callable[[Setup], Call]:
@@ -142,10 +141,9 @@ class Training:
         self.parameters = [p for p in backbone.parameters() if p.requires_grad]
         self._optimizer = torch.optim.AdamW(self.parameters, lr=training.LEARNING_RATE, fused=True)
         self._dout = setup.gradient.to(torch.bfloat16)
-        if make is BEiT3:
-            layout = layout_of(setup)
-            self._dout = layout.pack(self._dout)
-            self.forward: Call = lambda: forward(backbone, setup, layout)
+        if isinstance(backbone, BEiT3):
+            self._dout = layout_of(setup).pack(self._dout)
+            self.forward: Call = our_forward(backbone, setup)
             return
         encode, inputs = Encode(backbone), plain_inputs(setup)
         encode = encode if compiled is None else torch.compile(encode, **compiled)  # type: ignore[assignment]

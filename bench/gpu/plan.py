@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+BUDGET = 430.0
+"""Seconds of a report where nothing else is said."""
+
 FOLDER = "beit3_fast.bench.gpu.sections"
 
 
@@ -14,7 +17,7 @@ class Section:
     Attributes:
         name: what ``--section`` takes.
         title: of its table.
-        seconds: the most it may take.
+        seconds: the most it may take of a report of :data:`BUDGET`; a longer one gives it more in proportion.
         stall: seconds without a figure after which the figure on its way is given up.
         waits: the background tasks that must have ended before it.
         module: with ``run(record, setting)``; by default the one of its name among the sections.
@@ -37,16 +40,16 @@ ALL = ("library", "warm", "compile")
 """What is prepared in the background: nothing is timed beside it."""
 
 SECTIONS = (
-    Section("environment", "what the figures were measured on", 30),
-    Section("tests", "tests/test_gpu.py", 130, stall=60, waits=("library",)),
-    Section("parity", "kernels against float64, and 100 times the same bits", 80, stall=40, waits=("library",)),
-    Section("roofs", "what the chip can do", 20, waits=ALL),
-    Section("cublas", "every matrix product of a layer by cuBLAS, one call an expert", 40, waits=ALL),
-    Section("roles", "our matrix products by tile", 70, waits=ALL),
-    Section("attention_norm", "attention and LayerNorm beside PyTorch's", 45, waits=ALL),
-    Section("host", "host time and launches of a layer", 30, waits=ALL),
-    Section("inference", "the model, eager and in a CUDA graph", 70, stall=40, waits=ALL),
-    Section("training", "a training step", 50, stall=40, waits=ALL),
-    Section("compiled", "torch.compile", 100, stall=90, waits=ALL),
+    Section("environment", "what the figures were measured on", 20),
+    Section("tests", "tests/test_gpu.py", 100, stall=60, waits=("library",)),
+    Section("parity", "kernels against float64, and 100 times the same bits", 65, stall=40, waits=("library",)),
+    Section("roofs", "what the chip can do", 15, waits=ALL),
+    Section("cublas", "every matrix product of a layer by cuBLAS, one call an expert", 35, waits=ALL),
+    Section("roles", "our matrix products by tile", 55, waits=ALL),
+    Section("attention_norm", "attention and LayerNorm beside PyTorch's", 35, waits=ALL),
+    Section("host", "host time and launches of a layer", 20, waits=ALL),
+    Section("inference", "the model, eager and in a CUDA graph", 50, stall=40, waits=ALL),
+    Section("training", "a training step", 35, stall=40, waits=ALL),
+    Section("compiled", "torch.compile", 90, stall=90, waits=ALL),
     Section("tools", "compute-sanitizer and ncu", 120, stall=65, waits=ALL),
 )

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Task:
-    """A command that runs beside the first sections, for ``seconds`` at most."""
+    """A command that runs beside the first sections, for ``seconds`` at most; ``serves`` names the sections for which it
+    is made, empty for all."""
 
     name: str
     command: list[str]
     seconds: float
+    serves: tuple[str, ...] = ()
 
 
 def tasks(dry: bool) -> list[Task]:
@@ -24,8 +26,8 @@ def tasks(dry: bool) -> list[Task]:
     module = [sys.executable, "-m"]
     tiny = ["--dry-run"] if dry else []
     found = [
-        Task("warm", [*module, f"{__package__}.warm", *tiny], 100),
-        Task("compile", [*module, f"{__package__}.sections.compiled", *tiny], 130),
+        Task("warm", [*module, f"{__package__}.warm", *tiny], 100, ("parity", "roles")),
+        Task("compile", [*module, f"{__package__}.sections.compiled", *tiny], 110, ("compiled",)),
     ]
     if not dry and not _extension.status()["cuda"].loaded:
         found.insert(0, Task("library", [*module, f"{__package__}.library"], 120))

@@ -1,0 +1,79 @@
+"""Which of the valid configs of a launch are worth compiling and timing: a dozen of hundreds, by a model of their time.
+
+The model knows how many programs a multiprocessor gets, and what a program costs: its products, and what it reads of
+both operands. It is far too coarse to choose one config, and good enough to leave out the tiles that cannot win: those
+that read the weights four times as often, or leave most of the chip without work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from .kernels.config import Config
+
+MOST = 12
+"""Configs of a role."""
+PER_TILE = 2
+"""Of one output tile: its pipelines differ in depth, which no model of ours foretells, and less in their time."""
+
+_READING = {torch.float32: 4}
+_READING_ON_TENSOR_CORES = 64
+"""Multiply-adds in the time that a multiprocessor takes to read an element from the L2 cache: about 1000 TFLOP/s and
+14 TB/s on an H100, 312 and 5 on an A100; fp32 products without tensor cores are a sixteenth as fast."""
+
+
+@dataclass(frozen=True)
+class Product:
+    """What one launch computes.
+
+    Attributes:
+        parts: (length along block_m, depth) of every expert's output: (rows, 1) where all have one depth, and (output
+            width, rows) of a weight gradient.
+        columns: length along block_n.
+    """
+
+    parts: tuple[tuple[int, int], ...]
+    columns: int
+
+
+def promising(
+    configs: Sequence[Config], product: Product, arch: int, dtype: torch.dtype, processors: int, most: int = MOST
+) -> list[Config]:
+    """The `most` configs that the model finds fastest, at most :data:`PER_TILE` of a tile; all if there are no more.
+
+    Args:
+        configs: valid ones.
+        arch: compute capability, 80 for 8.0.
+        dtype: of the operands.
+        processors: multiprocessors of the GPU.
+    """
+    if len(configs) <= most:
+        return list(configs)
+    tiles: dict[tuple[int, int, int], list[Config]] = {}
+    for config in configs:
+        tiles.setdefault((config.block_m, config.block_n, config.warps), []).append(config)
+    by_cost = sorted(tiles.values(), key=lambda tile: _cost(tile[0], product, dtype, processors))
+
+    def hidden_latency(config: Config) -> tuple[int, ...]:
+        """Blocks that fill each other's gaps, then the columns that are on the way while others are multiplied."""
+        return config.blocks_per_multiprocessor(arch, dtype), (config.stages - 1) * config.block_k, config.block_k
+
+    return [
+        config for tile in by_cost for config in sorted(tile, key=hidden_latency, reverse=True)[:PER_TILE]
+    ][:most]  # fmt: skip
+
+
+def _cost(config: Config, product: Product, dtype: torch.dtype, processors: int) -> float:
+    """In the time that a multiprocessor takes for a multiply-add."""
+    across = -(-product.columns // config.block_n)
+    programs = [(across * -(-length // config.block_m), depth) for length, depth in product.parts]
+    uniform = len({depth for _, depth in programs}) == 1
+    if uniform:
+        programs = [(sum(count for count, _ in programs), programs[0][1])]
+    spread = sum(count * depth for count, depth in programs) / processors
+    longest = max(-(-count // processors) * depth for count, depth in programs)
+    reading = _READING.get(dtype, _READING_ON_TENSOR_CORES) * (config.block_m + config.block_n)
+    return max(spread, longest) * (config.block_m * config.block_n + reading)
