@@ -40,7 +40,7 @@ ALL = ("library", "warm", "compile")
 """What is prepared in the background: nothing is timed beside it."""
 
 SECTIONS = (
-    Section("environment", "what the figures were measured on", 20),
+    Section("environment", "what the figures were measured on", 30),
     Section("tests", "tests/test_gpu.py", 100, stall=60, waits=("library",)),
     Section("parity", "kernels against float64, and 100 times the same bits", 65, stall=40, waits=("library",)),
     Section("roofs", "what the chip can do", 15, waits=ALL),

@@ -10,8 +10,12 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Task:
-    """A command that runs beside the first sections, for ``seconds`` at most; ``serves`` names the sections for which it
-    is made, empty for all."""
+    """A command that runs beside the first sections.
+
+    Attributes:
+        seconds: the most it may take.
+        serves: the sections that it is made for; empty for all.
+    """
 
     name: str
     command: list[str]

@@ -221,7 +221,7 @@ def test_without_its_reference_nobody_is_judged():
 class TestMemory:
     def test_a_case_that_does_not_fit_is_skipped_with_the_figure(self, monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(model, "free_memory", lambda device: 2**20)
-        monkeypatch.setattr(model, "_weights", lambda *arguments: pytest.fail("weights were made"))
+        monkeypatch.setattr(model, "draw_weights", lambda *arguments: pytest.fail("weights were made"))
         assert command.run(command.model, rounds=6, device="cpu", json_file=tmp_path / "out.json")
         assert "skipped: it may need 0.0 GiB, 0.0 GiB are free" in capsys.readouterr().out
         (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
