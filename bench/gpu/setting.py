@@ -132,7 +132,7 @@ class Setting:
 
     @property
     def device(self) -> torch.device:
-        return torch.device("cpu" if self.dry else "cuda")
+        return torch.device("cpu") if self.dry else torch.device("cuda", 0)
 
     @property
     def base(self) -> Size:

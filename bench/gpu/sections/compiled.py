@@ -7,6 +7,7 @@ what the compiler makes is then in its cache, and here it is found there.
 from __future__ import annotations
 
 import argparse
+import os
 import subprocess
 import sys
 import time
@@ -123,7 +124,8 @@ def _first_call(call: Callable[[], object], figure: Figure) -> None:
 
 def _everybody(count: int) -> int:
     command = [sys.executable, "-m", __spec__.name, *sys.argv[1:]]
-    processes = [subprocess.Popen([*command, "--figure", str(index)]) for index in range(count)]
+    environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # there are processes enough
+    processes = [subprocess.Popen([*command, "--figure", str(index)], env=environment) for index in range(count)]
     ends = [process.wait() for process in processes]  # all of them
     return int(any(ends))
 

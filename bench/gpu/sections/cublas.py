@@ -7,13 +7,15 @@ have in their epilogues.
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from ..clock import microseconds
 from ..record import Recorder
-from ..setting import Gemm, Setting, models_and_batches
+from ..setting import Gemm, Setting, Size, models_and_batches
 
 ROLES = ("forward", "dx", "dw")
 
@@ -30,6 +32,9 @@ def run(record: Recorder, setting: Setting) -> None:
                     role=role,
                     rows=setting.rows(samples),
                 )
+        record.measure(
+            "passes", partial(_passes, setting, model, samples), model=model.name, rows=setting.rows(samples)
+        )
 
 
 def _measured(setting: Setting, gemm: Gemm, samples: int, role: str) -> Callable[[], dict[str, float]]:
@@ -40,6 +45,25 @@ def _measured(setting: Setting, gemm: Gemm, samples: int, role: str) -> Callable
         return {"us": taken, "tflop_s": gemm.flops(rows) / taken / 1e6}
 
     return measured
+
+
+def _passes(setting: Setting, model: Size, samples: int) -> dict[str, float]:
+    """GELU and LayerNorm between fc1 and fc2, which no cuBLAS has in its epilogue: two passes an expert."""
+
+    def make(index: int) -> Callable[[], object]:
+        hidden = torch.randn(setting.rows(samples), model.hidden, device=setting.device, dtype=torch.bfloat16)
+        weight, bias = (torch.randn(2, model.hidden, device=setting.device, dtype=torch.bfloat16) for _ in range(2))
+
+        def passes() -> list[Tensor]:
+            return [
+                F.layer_norm(F.gelu(hidden[where]), (model.hidden,), weight[expert], bias[expert])
+                for expert, where in enumerate(setting.ranges(samples))
+            ]
+
+        return passes
+
+    elements = 4 * setting.rows(samples) * model.hidden
+    return {"us": microseconds(make, 2 * elements, setting)}
 
 
 def two_calls(setting: Setting, gemm: Gemm, samples: int, role: str) -> Callable[[], None]:

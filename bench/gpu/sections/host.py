@@ -76,7 +76,7 @@ def _launches(call: Call, setting: Setting) -> dict[str, float]:
         call()
         torch.cuda.synchronize()
     on_device = [event for event in profile.events() if event.device_type == torch.autograd.DeviceType.CUDA]
-    busy = sum(event.device_time_total for event in on_device)
+    busy = sum(event.time_range.elapsed_us() for event in on_device)
     return {"launches_a_layer": len(on_device) / setting.base.layers, "gpu_us_a_layer": busy / setting.base.layers}
 
 

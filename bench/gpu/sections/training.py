@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -30,6 +31,7 @@ def _step(setups: Setups, setting: Setting, samples: int, texts: str, provider: 
         training.step()  # gradients and moments are there from now on
         memory = {}
         if not setting.dry:
+            gc.collect()
             torch.cuda.empty_cache()
             torch.cuda.reset_peak_memory_stats()
             training.step()
