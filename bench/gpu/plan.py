@@ -41,7 +41,7 @@ ALL = ("library", "warm", "compile")
 
 SECTIONS = (
     Section("environment", "what the figures were measured on", 30),
-    Section("tests", "tests/test_gpu.py", 100, stall=60, waits=("library",)),
+    Section("tests", "tests/gpu", 120, stall=90, waits=("library",)),
     Section("parity", "kernels against float64, and 100 times the same bits", 65, stall=40, waits=("library",)),
     Section("roofs", "what the chip can do", 15, waits=ALL),
     Section("cublas", "every matrix product of a layer by cuBLAS, one call an expert", 35, waits=ALL),

@@ -4,6 +4,7 @@ kernels when it first runs."""
 from __future__ import annotations
 
 import os
+import shutil
 import sys
 from dataclasses import dataclass
 
@@ -27,15 +28,16 @@ def tasks(dry: bool) -> list[Task]:
     """Building the library where it does not load; compiling the Triton kernels, and what ``torch.compile`` makes."""
     from beit3_fast import _extension
 
-    module = [sys.executable, "-m"]
+    nice = [found, "-n", "10"] if (found := shutil.which("nice")) else []  # a section goes first
+    module = [*nice, sys.executable, "-m"]
     tiny = ["--dry-run"] if dry else []
-    found = [
+    wanted = [
         Task("warm", [*module, f"{__package__}.warm", *tiny], 100, ("parity", "roles")),
         Task("compile", [*module, f"{__package__}.sections.compiled", *tiny], 110, ("compiled",)),
     ]
     if not dry and not _extension.status()["cuda"].loaded:
-        found.insert(0, Task("library", [*module, f"{__package__}.library"], 120))
-    return found
+        wanted.insert(0, Task("library", [sys.executable, "-m", f"{__package__}.library"], 120))
+    return wanted
 
 
 def cores() -> int:

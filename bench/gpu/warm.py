@@ -28,19 +28,22 @@ MEMORY_A_PROCESS = 3 * 10**9
 
 
 def work(setting: Setting) -> Iterator[Callable[[], object]]:
-    """A call for everything that is compiled, what is needed first in front."""
+    """A call for everything that is compiled. The ops come last: most of them the tests compile, which run meanwhile."""
+    smallest, seen = setting.sizes.batches[0], set()
+    for product in roles.products(setting):
+        for config in roles.configs(setting, product).values():
+            alike = replace(
+                product, samples=smallest
+            )  # a config is chosen by the rows, a kernel does not depend on them
+            if (alike, config) not in seen:
+                seen.add((alike, config))
+                yield partial(roles.launch_of, setting, alike, config)
     for kind in parity.KINDS:
         for model in setting.sizes.models:
             for shape in sorted(shapes(model), key=lambda shape: shape.op != "multiway_ffn"):  # the longest first
                 yield partial(_op, shape, kind, setting)
             for samples in setting.sizes.batches:
                 yield DecodeStep.once(model, samples, kind.dtype, setting)
-    seen = set()
-    for product in roles.products(setting):
-        for config in roles.configs(setting, product).values():
-            if (alike := (replace(product, samples=0), config)) not in seen:  # kernels do not depend on the rows
-                seen.add(alike)
-                yield partial(roles.launch_of, setting, product, config)
 
 
 def _op(shape: Shape, kind: parity.Kind, setting: Setting) -> None:
@@ -68,6 +71,8 @@ def main() -> int:
                 call()
             except Exception:  # the section that needs it will say so
                 traceback.print_exc(limit=-3)
+            if not setting.dry:
+                torch.cuda.empty_cache()  # which the sections need
     return 0
 
 

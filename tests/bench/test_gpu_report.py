@@ -299,44 +299,45 @@ def test_every_section_has_its_module():
         assert callable(importlib.import_module(section.path).run)
 
 
-def test_a_skip_because_the_library_did_not_load_is_a_failure(tmp_path):
+def test_a_line_a_test(tmp_path):
     source = """
         import pytest
         def test_passes(): pass
         def test_fails(): assert 1 == 2
         @pytest.fixture
-        def compiled(): pytest.skip("the CUDA library is not loaded")
-        def test_compiled(compiled): pass
+        def broken(): raise OSError("no disk")
+        def test_not_begun(broken): pass
         def test_skipped(): pytest.skip("there is one GPU")
     """
-    file = tmp_path / "test_fake.py"
-    file.write_text(textwrap.dedent(source))
-    code = f"""
+    (tmp_path / "test_fake.py").write_text(textwrap.dedent(source))
+    (tmp_path / "test_unreadable.py").write_text("import no_such_module")
+    code = """
         import pytest
         from pathlib import Path
         from beit3_fast.bench.gpu.record import Recorder
         from beit3_fast.bench.gpu.sections.tests import Lines
-        for dry in (False, True):
-            plugin = Lines(Recorder(Path(f"{{dry}}.jsonl"), "tests"), dry)
-            pytest.main(["-q", "-p", "no:cacheprovider", {str(file)!r}], plugins=[plugin])
+        pytest.main(["-q", "-p", "no:cacheprovider", "--continue-on-collection-errors", "."],
+                    plugins=[Lines(Recorder(Path("lines.jsonl"), "tests"))])
     """
     subprocess.run([sys.executable, "-P", "-c", textwrap.dedent(code)], check=True, cwd=tmp_path)
     outcomes = {
-        dry: {
-            line["case"]["name"]: line["values"]["outcome"] if "values" in line else "failed"
-            for line in record.read(tmp_path / f"{dry}.jsonl")
-        }
-        for dry in (False, True)
+        line["case"]["name"].rpartition("::")[2]: line["values"]["outcome"] if "values" in line else line["failed"]
+        for line in record.read(tmp_path / "lines.jsonl")
     }
-    others = {"test_passes": "passed", "test_fails": "failed", "test_skipped": "skipped"}
     assert outcomes == {
-        False: {**others, "test_compiled": "failed"},
-        True: {**others, "test_compiled": "skipped"},
+        "test_passes": "passed",
+        "test_fails": "assert 1 == 2",
+        "test_not_begun": "OSError: no disk",
+        "test_skipped": "skipped",
+        "test_unreadable.py": "E   ModuleNotFoundError: No module named 'no_such_module'",
     }
 
 
-def test_the_reason_is_that_of_the_gpu_tests():
-    assert tests.NOT_LOADED in tests.FILE.read_text(encoding="utf-8")
+def test_what_matters_most_is_tested_first():
+    names = [file.stem for file in tests.files()]
+    assert names[: len(tests.FIRST)] == list(tests.FIRST)
+    assert names[-len(tests.LAST) :] == list(tests.LAST)
+    assert sorted(names) == sorted(file.stem for file in tests.FOLDER.glob("test_*.py"))
 
 
 def test_the_defaults_of_version_0_1():

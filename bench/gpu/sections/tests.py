@@ -1,4 +1,4 @@
-"""The tests that need a GPU, ``tests/test_gpu.py``: a line a test as soon as it has ended, and ``pytest.xml``.
+"""The tests that need a GPU, ``tests/gpu``: a line a test as soon as it has ended, and ``pytest.xml``.
 
 ``python -m beit3_fast.bench.gpu.sections.tests`` is pytest with the plugin below, which writes the lines.
 """
@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from .. import record as records
-from ..record import Missing, Recorder, described
+from ..record import Missing, Recorder
 from ..setting import ROOT, Setting
 
-FILE = ROOT / "tests" / "test_gpu.py"
-NOT_LOADED = "the CUDA library is not loaded"
-"""A skip for this reason is a failure here: the library was to be built."""
+FOLDER = ROOT / "tests" / "gpu"
+FIRST = ("test_served", "test_ops", "test_repeats", "test_layer_norm", "test_models", "test_graphs", "test_streams")
+LAST = ("test_compile", "test_tuning")
+"""Which take longest a test."""
 
 
 def run(record: Recorder, setting: Setting) -> None:
@@ -26,39 +27,41 @@ def run(record: Recorder, setting: Setting) -> None:
 
 
 def _run(record: Recorder, setting: Setting) -> Mapping[str, Any]:
-    if not FILE.is_file():
-        raise Missing(f"{FILE} is not there: this is no checkout")
+    if not FOLDER.is_dir():
+        raise Missing(f"{FOLDER} is not there: this is no checkout")
     lines = setting.out / "results.jsonl"
-    command = [sys.executable, "-m", __spec__.name, str(lines), record.section, "dry" if setting.dry else "gpu"]
+    command = [sys.executable, "-m", __spec__.name, str(lines), record.section]
     code = subprocess.run([*command, "--junitxml", str(setting.out / "pytest.xml")]).returncode
     found = [line for line in records.read(lines) if (line["section"], line["figure"]) == (record.section, "test")]
     counted = Counter(line["values"]["outcome"] if "values" in line else "failed" for line in found)
-    if code not in (0, 1, 5):
+    if code not in (0, 1):
         raise RuntimeError(f"pytest ended with exit code {code}")
     return {outcome: counted[outcome] for outcome in ("passed", "failed", "skipped")}
 
 
+def files(folder: Path = FOLDER) -> list[Path]:
+    """The tests, what matters most first."""
+
+    def place(file: Path) -> tuple[int, str]:
+        if file.stem in FIRST:
+            return FIRST.index(file.stem), file.stem
+        return len(FIRST) + (file.stem in LAST), file.stem
+
+    return sorted(folder.glob("test_*.py"), key=place)
+
+
 class Lines:
-    """Writes how each test ended.
+    """Writes how each test ended."""
 
-    Args:
-        record: where to.
-        dry: there is no GPU, so that no skip is a failure.
-    """
-
-    def __init__(self, record: Recorder, dry: bool) -> None:
+    def __init__(self, record: Recorder) -> None:
         self._record = record
-        self._dry = dry
 
     def pytest_runtest_logreport(self, report: Any) -> None:
         """Called by pytest for the set-up, the call and the end of every test."""
-        name = report.nodeid.partition("::")[2]
+        name = report.nodeid.removeprefix("tests/gpu/")
         if report.skipped:
             reason = report.longrepr[2] if isinstance(report.longrepr, tuple) else str(report.longrepr)
-            if NOT_LOADED in reason and not self._dry:
-                self._record.failed("test", reason, name=name)
-            else:
-                self._record.values("test", {"outcome": "skipped", "reason": reason[:200]}, name=name)
+            self._record.values("test", {"outcome": "skipped", "reason": reason[:200]}, name=name)
         elif report.failed:
             crash = getattr(report.longrepr, "reprcrash", None)
             self._record.failed("test", crash.message if crash else str(report.longrepr)[-300:], name=name)
@@ -74,14 +77,10 @@ class Lines:
 def main() -> int:
     import pytest
 
-    lines, section, place, *options = sys.argv[1:]
-    plugin = Lines(Recorder(Path(lines), section), place == "dry")
-    arguments = [str(FILE), "-q", "-rs", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib"]
-    try:
-        return int(pytest.main([*arguments, f"--rootdir={ROOT}", *options], plugins=[plugin]))
-    except Exception as error:
-        print(described(error))
-        return 3
+    lines, section, *options = sys.argv[1:]
+    arguments = ["-q", "-rs", "-p", "no:cacheprovider", "-o", "addopts=--import-mode=importlib", f"--rootdir={ROOT}"]
+    plugin = Lines(Recorder(Path(lines), section))
+    return int(pytest.main([*arguments, *options, *map(str, files())], plugins=[plugin]))
 
 
 if __name__ == "__main__":
