@@ -125,7 +125,7 @@ def bench() -> None:
 @click.option("--batch", type=int, default=None, help="Replace every case's batch size.")
 @_rounds
 @_where
-@click.option("--compile", "compiled", is_flag=True, help="Also time the reference under torch.compile.")
+@click.option("--compile", "compiled", is_flag=True, help="Also the reference with SDPA, under torch.compile.")
 @_base
 @_files
 def bench_model(**options: Any) -> None:

@@ -63,9 +63,9 @@ def layout_of(setup: Setup) -> TokenLayout:
 
 
 def our_forward(backbone: BEiT3, setup: Setup) -> Call:
-    """Ours on a ready layout: encoded rows (N, D) in expert order, without padding."""
+    """Ours on a ready layout: encoded tokens (B, V + T, D), like the others'."""
     layout, given = layout_of(setup), setup.inputs
-    return lambda: backbone.encode(given.visual_tokens, given.textual_tokens, layout=layout)[0]
+    return lambda: layout.unpack(backbone.encode(given.visual_tokens, given.textual_tokens, layout=layout)[0])
 
 
 class Encode(nn.Module):
@@ -142,7 +142,6 @@ class Training:
         self._optimizer = torch.optim.AdamW(self.parameters, lr=training.LEARNING_RATE, fused=True)
         self._dout = setup.gradient.to(torch.bfloat16)
         if isinstance(backbone, BEiT3):
-            self._dout = layout_of(setup).pack(self._dout)
             self.forward: Call = our_forward(backbone, setup)
             return
         encode, inputs = Encode(backbone), plain_inputs(setup)

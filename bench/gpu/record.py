@@ -38,7 +38,8 @@ class Recorder:
         self._current = current
         self.section = section
         # a section that is started again goes on behind what it had
-        self._done = {_key(line) for line in read(file) if line["section"] == section} if file.exists() else set()
+        earlier = read(file) if file.exists() else []
+        self._done = {_key(line): line for line in earlier if line["section"] == section}
 
     def values(self, figure: str, values: Mapping[str, Any], **case: Any) -> None:
         """A figure: numbers, words or truth values by name."""
@@ -53,13 +54,15 @@ class Recorder:
         self._write(figure, case, "failed", reason[:LONGEST_MESSAGE])
 
     def measure(self, figure: str, compute: Callable[[], Mapping[str, Any]], **case: Any) -> Mapping[str, Any] | None:
-        """Writes what ``compute`` returns, or that it raised; None then, and where the figure has its line already.
+        """Writes what ``compute`` returns, or that it raised; the values, None if there are none. A figure that has its
+        line already is not computed again.
 
         Raises:
             SystemExit: the GPU does not answer any more. Another process may go on behind this figure.
         """
-        if _key({"section": self.section, "figure": figure, "case": case}) in self._done:
-            return None
+        done = self._done.get(_key({"section": self.section, "figure": figure, "case": case}))
+        if done is not None:
+            return done.get("values")
         if self._current is not None:
             self._current.write_text(json.dumps({"figure": figure, "case": case}), encoding="utf-8")
         values = None
@@ -81,7 +84,7 @@ class Recorder:
 
     def _write(self, figure: str, case: Mapping[str, Any], kind: str, what: Any) -> None:
         line = {"section": self.section, "figure": figure, "case": dict(case), kind: what}
-        self._done.add(_key(line))
+        self._done[_key(line)] = line
         append(self._file, line)
 
 

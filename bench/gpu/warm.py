@@ -28,7 +28,7 @@ MEMORY_A_PROCESS = 3 * 10**9
 
 
 def work(setting: Setting) -> Iterator[Callable[[], object]]:
-    """A call for everything that is compiled. The ops come last: most of them the tests compile, which run meanwhile."""
+    """A call for everything that is compiled. The ops come last: the tests compile most of them meanwhile."""
     smallest, seen = setting.sizes.batches[0], set()
     for product in roles.products(setting):
         for config in roles.configs(setting, product).values():

@@ -186,7 +186,7 @@ def test_a_figure_is_made_once(tmp_path):
     Recorder(file, "one").measure("a", lambda: {"x": 1}, case=1)
     calls = []
     again = Recorder(file, "one")
-    assert again.measure("a", lambda: calls.append(1) or {}, case=1) is None
+    assert again.measure("a", lambda: calls.append(1) or {}, case=1) == {"x": 1}
     assert again.measure("a", lambda: {"x": 2}, case=2) == {"x": 2}
     assert Recorder(file, "two").measure("a", lambda: {"x": 3}, case=1) == {"x": 3}
     assert calls == []
@@ -361,6 +361,42 @@ def test_the_launch_of_every_product_is_found(product):
     setting = Setting(Path(), True, TINY)
     for config in list(roles.configs(setting, product).values())[:2]:
         assert roles.launch_of(setting, product, config)() is not None
+
+
+class Simulated(Setting):
+    """Where kernels can be launched, in the simulator, though there is no GPU."""
+
+    @property
+    def device(self) -> torch.device:
+        return torch.device("cpu")
+
+
+@pytest.mark.parametrize("role", roles.ROLES)
+def test_the_launch_that_is_timed_computes_the_product(role, monkeypatch):
+    simulate = pytest.importorskip("ptxsim.simulate", reason="the PTX simulator is not installed")
+    setting = Simulated(Path(), False, TINY)
+    product = next(p for p in roles.products(setting) if (p.gemm.name, p.role) == ("qkv", role))
+    seen = []
+    monkeypatch.setattr(roles, "Operands", lambda *given, kind=roles.Operands: seen.append(kind(*given)) or seen[-1])
+    with simulate.simulated(stats=False):
+        run = roles.launch_of(setting, product, roles.Config(64, 64, 64, 4, 2))
+        results = run()
+        written = results[1 if role == "dw" else 0]
+        written.zero_()  # what comes now is what is timed
+        assert run() is results
+    (operands,) = seen
+    x, dy, weight = operands.x.double(), operands.dy.double(), operands.weight.double()
+    parts = list(enumerate(setting.ranges(product.samples)))
+    written = written.double()
+    if role == "forward":
+        expected = torch.cat([x[rows] @ weight[expert].t() for expert, rows in parts])
+        for _, rows in parts:  # the bias is the same for all rows of an expert
+            written[rows] -= (written[rows] - expected[rows]).mean(0)
+    elif role == "dx":
+        expected = torch.cat([dy[rows] @ weight[expert] for expert, rows in parts])
+    else:
+        expected = torch.stack([dy[rows].t() @ x[rows] for _, rows in parts])
+    torch.testing.assert_close(written, expected, rtol=0.02, atol=0.05)
 
 
 def test_what_ncu_prints_is_read():

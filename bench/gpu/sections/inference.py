@@ -6,6 +6,7 @@ Parity first: a provider that is wrong gets no time.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor
 from ... import parity
 from ...model import Setup
 from ..clock import captured_milliseconds, eager_milliseconds
-from ..models import FORWARDS, IMAGE_FORWARDS, Call, Setups, layout_of
-from ..record import Missing, Recorder
+from ..models import FORWARDS, IMAGE_FORWARDS, Call, Setups
+from ..record import Recorder
 from ..setting import Setting, Size
+
+CLOCKS = {"captured": captured_milliseconds, "eager": eager_milliseconds}
 
 
 def run(record: Recorder, setting: Setting) -> None:
@@ -25,11 +28,11 @@ def run(record: Recorder, setting: Setting) -> None:
         about = {"model": size.name, "batch": samples, "texts": texts}
         setup = setups.get(size, samples, texts)
         truth: list[Tensor] = []
-        for provider, build in (IMAGE_FORWARDS if texts == "none" else FORWARDS).items():
-            call: list[Call] = []
-            record.measure("parity", _parity(setup, build, provider, truth, call), **about, by=provider)
-            for mode, clock in (("captured", captured_milliseconds), ("eager", eager_milliseconds)):
-                record.measure("forward", _time(call, clock, setting), **about, by=provider, mode=mode)
+        for name, build in (IMAGE_FORWARDS if texts == "none" else FORWARDS).items():
+            provider = _Provider(setup, build, truth)
+            judged = record.measure("parity", provider.parity, **about, by=name)
+            for mode in CLOCKS if judged is not None and judged["ok"] else ():
+                record.measure("forward", partial(provider.time, mode, setting), **about, by=name, mode=mode)
 
 
 def which(setting: Setting) -> Iterator[tuple[Size, int, str]]:
@@ -44,36 +47,32 @@ def which(setting: Setting) -> Iterator[tuple[Size, int, str]]:
     yield large, larger[0], "padded"
 
 
-def _parity(
-    setup: Setup, build: Callable[[Setup], Call], provider: str, truth: list[Tensor], kept: list[Call]
-) -> Callable[[], Mapping[str, Any]]:
-    """The error against reference PyTorch in float32; the forward is kept if it is small enough."""
+class _Provider:
+    """Someone who computes the case; ``truth`` holds the right output once somebody has asked for it."""
 
-    def measured() -> Mapping[str, Any]:
-        with torch.inference_mode():
-            if not truth:
-                truth.append(setup.truth())
+    def __init__(self, setup: Setup, build: Callable[[Setup], Call], truth: list[Tensor]) -> None:
+        self._setup = setup
+        self._build = build
+        self._truth = truth
+        self._call: Call | None = None
+
+    @property
+    def call(self) -> Call:
+        if self._call is None:
             with torch.no_grad():
-                call = build(setup)
-            out = call()
-            if provider in ("ours", "optimized"):
-                out = layout_of(setup).unpack(out)
-            found = parity.error(setup.valid(out), truth[0])
-        verdict = parity.judge(found, torch.bfloat16)
-        if verdict.ok:
-            kept.append(call)
-        return {"ok": verdict.ok, "error": found.maximum, "rms": found.rms}
+                self._call = self._build(self._setup)
+        return self._call
 
-    return measured
-
-
-def _time(
-    kept: list[Call], clock: Callable[[Call, Setting], float], setting: Setting
-) -> Callable[[], Mapping[str, Any]]:
-    def measured() -> Mapping[str, Any]:
-        if not kept:
-            raise Missing("no time without parity")
+    def parity(self) -> Mapping[str, Any]:
+        """The error against reference PyTorch in float64, held to the cap alone."""
+        if not self._truth:
+            self._truth.append(self._setup.truth())
+        call = self.call
         with torch.inference_mode():
-            return {"ms": clock(kept[0], setting)}
+            found = parity.error(self._setup.valid(call()), self._truth[0])
+        return {"ok": parity.judge(found, torch.bfloat16).ok, "error": found.maximum, "rms": found.rms}
 
-    return measured
+    def time(self, mode: str, setting: Setting) -> Mapping[str, Any]:
+        call = self.call
+        with torch.inference_mode():
+            return {"ms": CLOCKS[mode](call, setting)}
