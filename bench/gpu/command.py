@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 
 from ..cases import check_known
-from .driver import MOST_FILES, RESULTS, Report
+from .driver import FILES, RESULTS, Report
 from .plan import SECTIONS
 from .record import Line
 
@@ -37,8 +37,7 @@ def report(out: Path, budget: float, *, sections: Sequence[str] = (), dry: bool 
         raise ValueError(f"out must be a folder, got the file {str(out)!r}")
     chosen = [section for section in SECTIONS if not sections or section.name in sections]
     lines = Report(out, budget, dry=dry, sections=chosen).run()
-    files = [file for file in out.iterdir() if file.is_file()]
-    print(f"{len(files)} files in {out}" + (f", more than {MOST_FILES}" if len(files) > MOST_FILES else ""))
+    print(f"in {out}: {', '.join(name for name in FILES if (out / name).exists())}")
     if not dry:
         print(f"to keep the results: cp {out / RESULTS} {KEPT / kept_name(lines)}")
     return right(lines)

@@ -31,8 +31,8 @@ from .preparation import Task
 from .summary import summary
 
 RESULTS, LOG, SUMMARY = "results.jsonl", "log.txt", "summary.txt"
-MOST_FILES = 8
-"""That a report may leave in its folder."""
+FILES = (RESULTS, LOG, SUMMARY, "env.txt", "pytest.xml", "trace.json.gz", "ncu.txt")
+"""All that a report leaves in its folder."""
 FOR_THE_SUMMARY = 2.0
 LEAST = 3.0
 """Seconds below which a section is not started: its process would not get as far as a figure."""
@@ -81,7 +81,7 @@ class Report:
         An interrupted or terminated run keeps what it has and prints that.
         """
         self.out.mkdir(parents=True, exist_ok=True)
-        for name in (RESULTS, LOG, SUMMARY):
+        for name in FILES:  # of an earlier one
             (self.out / name).unlink(missing_ok=True)
         with tempfile.TemporaryDirectory(prefix="beit3_fast_gpu_") as folder, _termination_interrupts():
             self._scratch = Path(folder)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -117,8 +118,7 @@ def test_whatever_a_section_does_the_others_run(tmp_path, sections, capsys):
     assert good["raises"] == ("failed", "ZeroDivisionError: division by zero")
     assert good["after"] == ("values", {"fine": True})
 
-    names = sorted(file.name for file in out.iterdir())
-    assert names == ["log.txt", "results.jsonl", "summary.txt"]
+    assert sorted(file.name for file in out.iterdir()) == ["log.txt", "results.jsonl", "summary.txt"]
     assert (out / "log.txt").stat().st_size < 4 * (driver.LOGGED + 1000)
     assert b"No module named 'no_such_module'" in (out / "log.txt").read_bytes()
     printed = capsys.readouterr().out
@@ -154,6 +154,18 @@ def test_the_budget_holds_for_all_sections_together(tmp_path, sections):
     assert figures(lines, "report")["warm"][1].startswith("stopped at its deadline after 5.")
     assert figures(lines, "sleeps")["section"][1].startswith("stopped at its deadline")
     assert figures(lines, "good") == {"section": ("missing", "the report's time is spent")}
+
+
+def test_no_file_of_an_earlier_report_stays(tmp_path, sections):
+    for name in driver.FILES:
+        (tmp_path / name).write_text("old")
+    (tmp_path / "mine.txt").write_text("kept")
+    run(tmp_path, [])
+    assert len(driver.FILES) <= 8
+    assert sorted(file.name for file in tmp_path.iterdir() if file.is_file()) == [
+        *("mine.txt", "results.jsonl", "summary.txt")
+    ]
+    assert "old" not in (tmp_path / "results.jsonl").read_text()
 
 
 def test_a_terminated_report_keeps_what_it_has(tmp_path, sections):
@@ -428,6 +440,60 @@ def test_what_ncu_prints_is_read():
     assert tools.read_metrics("==ERROR== ERR_NVGPUCTRPERM") == {}
 
 
+NCU = """
+  _fc1_kernel (1272, 1, 1)x(256, 1, 1), Context 1, Stream 7, Device 0, CC 9.0
+    Duration                         us       115.23
+    Compute (SM) Throughput           %        71.40
+"""
+
+
+@pytest.mark.parametrize(
+    ("printed", "code", "expected"),
+    [
+        ("========= ERROR SUMMARY: 0 errors", 0, ("values", {"ok": True, "errors": 0})),
+        ("========= ERROR SUMMARY: 3 errors", 9, ("values", {"ok": False, "errors": 3})),
+        ("no device", 1, ("failed", "RuntimeError: compute-sanitizer ended with exit code 1:")),
+        (None, 0, ("missing", "compute-sanitizer is not installed")),
+    ],
+)
+def test_compute_sanitizer(printed, code, expected, tmp_path, monkeypatch):
+    lines = with_tool("compute-sanitizer", printed, code, tmp_path, monkeypatch)
+    assert lines["memcheck"] == expected
+    if printed is not None:
+        assert "--tool memcheck" in (tmp_path / "ncu.txt").read_text()
+        assert printed in (tmp_path / "ncu.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("printed", "expected"),
+    [
+        (NCU, ("values", {"us": 115.23, "sm_percent": 71.4})),
+        ("==ERROR== ERR_NVGPUCTRPERM", ("missing", "ncu may not read the GPU's counters here (ERR_NVGPUCTRPERM)")),
+        ("nothing", ("failed", "RuntimeError: ncu ended with exit code 0 and printed no metric")),
+        (None, ("missing", "ncu is not installed")),
+    ],
+)
+def test_ncu(printed, expected, tmp_path, monkeypatch):
+    assert with_tool("ncu", printed, 0, tmp_path, monkeypatch)["ncu"] == expected
+
+
+def with_tool(name, printed, code, folder, monkeypatch):
+    """The tools' figures where one of them is on PATH and prints this."""
+    (folder / "bin").mkdir()
+    if printed is not None:
+        tool = folder / "bin" / name
+        tool.write_text(f"#!/bin/sh\ncat <<'EOF'\n{printed}\nEOF\nexit {code}\n")
+        tool.chmod(0o755)
+    found = shutil.which
+    monkeypatch.setattr(
+        tools.shutil, "which", lambda name, path=None: None if path else found(name, path=str(folder / "bin"))
+    )
+    monkeypatch.setenv("PATH", f"{folder / 'bin'}:/usr/bin:/bin")
+    recorder = Recorder(folder / "results.jsonl", "tools")
+    tools.run(recorder, Simulated(folder, False, TINY))
+    return figures(record.read(folder / "results.jsonl"), "tools")
+
+
 def test_the_library_is_built_for_one_gpu():
     configure, build = library.commands(Path("/source"), Path("/work"), "/usr/bin/nvcc", (9, 0))
     assert "-DCMAKE_CUDA_ARCHITECTURES=90-real" in configure
@@ -456,7 +522,7 @@ def test_a_dry_run(tmp_path):
     for section in SECTIONS:
         assert figures(lines, section.name)["section"][0] == "values"
         assert len(figures(lines, section.name)) > 1
-    assert len(list(tmp_path.iterdir())) <= driver.MOST_FILES
+    assert {file.name for file in tmp_path.iterdir()} == {*driver.FILES} - {"ncu.txt"}
     text = (tmp_path / "summary.txt").read_text()
     assert len(text) < 12_000
     assert text in done.stdout
