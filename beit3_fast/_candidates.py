@@ -1,4 +1,4 @@
-"""Which of the valid configs of a launch are worth compiling and timing: a dozen of hundreds, by a model of their time.
+"""Which of the valid configs of a launch are worth compiling and timing: fifteen of a hundred, by a model.
 
 The model knows how many programs a multiprocessor gets, and what a program costs: its products, and what it reads of
 both operands. It is far too coarse to choose one config, and good enough to leave out the tiles that cannot win: those
@@ -14,10 +14,14 @@ import torch
 
 from .kernels.config import Config
 
-MOST = 12
+MOST = 15
 """Configs of a role."""
-PER_TILE = 2
-"""Of one output tile: its pipelines differ in depth, which no model of ours foretells, and less in their time."""
+PER_TILE = 3
+"""Of one output tile, which differ in warps and in the depth of the pipeline. The model does not know these: the best
+of each number of warps come first, by what hides latency."""
+
+ENOUGH_ACCUMULATORS = 32
+"""Of a thread. A tile that has configs with so many is not timed with more warps and fewer."""
 
 _READING = {torch.float32: 4}
 _READING_ON_TENSOR_CORES = 64
@@ -52,18 +56,25 @@ def promising(
     """
     if len(configs) <= most:
         return list(configs)
-    tiles: dict[tuple[int, int, int], list[Config]] = {}
+    tiles: dict[tuple[int, int], list[Config]] = {}
     for config in configs:
-        tiles.setdefault((config.block_m, config.block_n, config.warps), []).append(config)
+        tiles.setdefault((config.block_m, config.block_n), []).append(config)
     by_cost = sorted(tiles.values(), key=lambda tile: _cost(tile[0], product, dtype, processors))
+    return [config for tile in by_cost for config in _of_tile(tile, arch, dtype)][:most]
+
+
+def _of_tile(tile: list[Config], arch: int, dtype: torch.dtype) -> list[Config]:
+    """The :data:`PER_TILE` configs of one tile that are timed."""
 
     def hidden_latency(config: Config) -> tuple[int, ...]:
         """Blocks that fill each other's gaps, then the columns that are on the way while others are multiplied."""
         return config.blocks_per_multiprocessor(arch, dtype), (config.stages - 1) * config.block_k, config.block_k
 
-    return [
-        config for tile in by_cost for config in sorted(tile, key=hidden_latency, reverse=True)[:PER_TILE]
-    ][:most]  # fmt: skip
+    # a warp with a small part of the tile reads more of the operands than it multiplies
+    busy = [config for config in tile if config.accumulators >= ENOUGH_ACCUMULATORS] or tile
+    ranked = sorted(busy, key=hidden_latency, reverse=True)
+    first = list({config.warps: config for config in reversed(ranked)}.values())
+    return sorted(ranked, key=lambda config: config not in first)[:PER_TILE]
 
 
 def _cost(config: Config, product: Product, dtype: torch.dtype, processors: int) -> float:

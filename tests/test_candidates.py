@@ -2,9 +2,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from beit3_fast.kernels.config import Config, valid_row_configs, valid_weight_gradient_configs
+from beit3_fast.kernels.config import Config, shared_memory, valid_row_configs, valid_weight_gradient_configs
 
-from beit3_fast._candidates import MOST, PER_TILE, Product, _cost, promising
+from beit3_fast._candidates import MOST, PER_TILE, Product, _cost, _of_tile, promising
 
 BF16, FP32 = torch.bfloat16, torch.float32
 H100 = 132
@@ -21,12 +21,12 @@ def tile(block_m, block_n, warps=8):
 @pytest.mark.parametrize("arch", [80, 90])
 @pytest.mark.parametrize("dtype", [BF16, FP32])
 @pytest.mark.parametrize("num_rows", [224, 1792, 14336])
-def test_a_dozen_of_several_tiles(arch, dtype, num_rows):
+def test_the_best_of_several_tiles(arch, dtype, num_rows):
     valid = valid_row_configs(arch, dtype, 3072)
     found = promising(valid, rows(num_rows, 3072), arch, dtype, H100)
     assert len(found) == len(set(found)) == MOST
     assert set(found) <= set(valid)
-    tiles = [(config.block_m, config.block_n, config.warps) for config in found]
+    tiles = [(config.block_m, config.block_n) for config in found]
     assert max(map(tiles.count, tiles)) <= PER_TILE
     assert len(set(tiles)) >= MOST // PER_TILE
 
@@ -65,11 +65,25 @@ def test_the_larger_expert_of_a_weight_gradient_takes_longest():
     assert _cost(config, full[0], BF16, H100) == pytest.approx(_cost(config, full[1], BF16, H100)), "no room: the sum"
 
 
-def test_deep_pipelines_first():
-    """Of a tile's configs the one with most on the way while it multiplies, unless a second block fits with less;
-    what does not fit at all comes last."""
-    configs = [Config(128, 128, k, 8, s) for k in (64, 128) for s in (2, 3, 4)] + [tile(16, 64, 4)] * 8
-    found = promising(configs, rows(14336, 3072), 90, BF16, H100)
-    assert found[:2] == [Config(128, 128, 128, 8, 3), Config(128, 128, 64, 8, 4)]
-    narrow = [Config(64, 128, k, 4, s) for k in (64, 128) for s in (2, 3, 4)] + [tile(16, 64, 4)] * 8
-    assert promising(narrow, rows(14336, 3072), 90, BF16, H100)[0] == Config(64, 128, 64, 4, 4)
+def tile_configs(block_m, block_n, warps=(4, 8)):
+    """All that fit an H100."""
+    configs = [Config(block_m, block_n, k, w, s) for w in warps for k in (64, 128) for s in (2, 3, 4)]
+    return [config for config in configs if config.pipeline_bytes(90, BF16) <= shared_memory(90)]
+
+
+@pytest.mark.parametrize(("block_m", "block_n"), [(128, 128), (64, 128), (64, 256)])
+def test_the_best_of_each_number_of_warps(block_m, block_n):
+    found = _of_tile(tile_configs(block_m, block_n), 90, BF16)
+    assert len(found) == len(set(found)) == PER_TILE
+    assert {config.warps for config in found[:2]} == {4, 8}
+    for first in found[:2]:
+        rivals = tile_configs(block_m, block_n, [first.warps])
+        most = max(config.blocks_per_multiprocessor(90, BF16) for config in rivals)
+        assert first.blocks_per_multiprocessor(90, BF16) == most, "blocks that fill each other's gaps"
+        deepest = [c for c in rivals if c.blocks_per_multiprocessor(90, BF16) == most]
+        assert (first.stages - 1) * first.block_k == max((c.stages - 1) * c.block_k for c in deepest)
+
+
+def test_no_more_warps_than_a_tile_keeps_busy():
+    assert {config.warps for config in _of_tile(tile_configs(64, 64), 90, BF16)} == {4}
+    assert {config.warps for config in _of_tile(tile_configs(32, 64, [4]), 90, BF16)} == {4}, "there is nothing better"

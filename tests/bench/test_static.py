@@ -39,6 +39,18 @@ def _square_kernel(matrix, out, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     tl.store(out + tile, tl.dot(a, a, input_precision=PRECISION))
 
 
+@triton.jit
+def _scaled_product_kernel(x, y, scale, out, DEPTH: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr):
+    """(x * scale) @ y.T: the left factor is made in registers."""
+    index, k = tl.arange(0, BLOCK), tl.arange(0, 32)
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in tl.range(0, DEPTH, 32, num_stages=STAGES):
+        a = tl.load(x + index[:, None] * DEPTH + start + k[None, :]) * tl.load(scale + start + k)[None, :]
+        b = tl.load(y + index[None, :] * DEPTH + start + k[:, None])
+        acc = tl.dot(a, b, acc, input_precision="tf32")
+    tl.store(out + index[:, None] * BLOCK + index[None, :], acc)
+
+
 def meta(*shape, dtype=torch.float32):
     return torch.empty(shape, dtype=dtype, device="meta")
 
@@ -232,6 +244,36 @@ def test_bytes_of_an_access_on_amd():
 )
 def test_blocks_per_multiprocessor(arch, registers, shared, warps, blocks):
     assert static.blocks_per_multiprocessor(arch, registers, shared, warps) == blocks
+
+
+def scaled_product(stages):
+    arguments = (meta(64, 256), meta(64, 256), meta(256), meta(64, 64))
+    options = {"DEPTH": 256, "STAGES": stages, "BLOCK": 64, "num_warps": 4}
+    return static.build_of(Launch(_scaled_product_kernel, (1,), arguments, options), "tf32", 90)
+
+
+def test_a_pipelined_product_of_registers_is_a_hazard():
+    """triton-lang/triton#9433, which Triton 3.6 to 3.8 have; without a pipeline every product is waited for."""
+    pipelined, waiting = result_of(scaled_product(3)), result_of(scaled_product(1))
+    assert pipelined.measured.tensor == waiting.measured.tensor == "HGMMA"
+    assert waiting.measured.hazards == ()
+    assert static.why_not(waiting.build) is None
+    if tuple(map(int, static.TRITON.split(".")[:2])) > (3, 8):
+        pytest.skip(f"whether triton {static.TRITON} has the fault is not known")
+    assert pipelined.measured.hazards
+    assert static.why_not(pipelined.build).startswith(f"hazard: {pipelined.measured.hazards[0]}")
+    (problem,) = static.problems(pipelined)
+    assert problem.startswith("hazard: ")
+    (line,) = static.unfit([pipelined])
+    assert f"({len(pipelined.measured.hazards)} hazards)" in line.plain
+
+
+def test_why_a_build_must_not_run():
+    build = static.build_of(copy(), "float32", 80)
+    assert static.why_not(build) is None
+    broken = replace(build, constants=tuple((name, 3 if name == "BLOCK" else value) for name, value in build.constants))
+    assert static.why_not(broken) == static.measure(broken).failure
+    assert static.why_not(broken)
 
 
 def spilling():
