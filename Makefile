@@ -110,10 +110,10 @@ format: $(VENV)/.dev ## mend the style
 build: $(VENV)/.torch ## a wheel, in dist/
 	$(PIP) wheel . --no-deps --no-build-isolation --wheel-dir dist
 
-clean: ## remove what was built; .venv stays
+clean: ## remove what was built; virtual environments stay
 	rm -rf build dist beit3_fast/lib *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
-	rm -f $(VENV)/.demo $(VENV)/.test $(VENV)/.dev
-	find . -name __pycache__ -type d -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+	rm -f $(VENV)/.demo $(VENV)/.test $(VENV)/.dev $(OLDEST_VENV)/.test
+	find . -name __pycache__ -type d -not -path './$(VENV)/*' -not -path './$(OLDEST_VENV)/*' -prune -exec rm -rf {} +
 
 # ---- the virtual environment, step by step; each file says that its step is done ----
 

@@ -12,6 +12,6 @@ from .warm import everything
 
 @pytest.fixture(scope="session", autouse=True)
 def _compiled() -> None:
-    """Skipped by GPU_TESTS_WARM=0, for a run of few tests."""
-    if REAL and os.environ.get("GPU_TESTS_WARM") != "0":
-        everything(len(os.sched_getaffinity(0)))
+    """Left out by GPU_TESTS_WARM=0, for a run of few tests, and by all but one of several workers."""
+    if REAL and os.environ.get("GPU_TESTS_WARM") != "0" and os.environ.get("PYTEST_XDIST_WORKER", "gw0") == "gw0":
+        everything()

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -107,11 +108,12 @@ def normal(*shape: int, dtype: torch.dtype, scale: float = 1.0) -> Tensor:
 
 @contextlib.contextmanager
 def served(simulated: bool = False) -> Iterator[None]:
-    """As a user's calls are served; in a rehearsal by the Triton kernels if `simulated`, where they can be."""
-    if REAL or not simulated:
+    """As a user's calls are served; in a rehearsal by the Triton kernels if `simulated`, where there is a simulator."""
+    if REAL or not simulated or None in (find_spec("ptxsim"), find_spec("triton")):
         yield
         return
-    simulate = pytest.importorskip("ptxsim.simulate", reason="the PTX simulator is not installed")
+    from ptxsim import simulate
+
     with use_backend("triton"), simulate.simulated(stats=False):
         yield
 

@@ -29,6 +29,8 @@ def seconds(run: Callable[[], object]) -> float:
 
 
 def test_a_linear_layer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    if not REAL:
+        pytest.importorskip("ptxsim", reason="the PTX simulator is not installed")
     width, out = WIDTHS
     monkeypatch.setattr(tuning, "cache_file", lambda: tmp_path / "tuned.json")
     arch = tuning._architecture(DEVICE)

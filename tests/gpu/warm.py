@@ -2,6 +2,7 @@
 
 One process takes a second a kernel, five minutes in all. Triton keeps on disk what it compiled, for the tests to find.
 
+    PYTHONPATH=tests python -m gpu.warm                # in all cores
     PYTHONPATH=tests python -m gpu.warm INDEX COUNT    # the share of one process of several
 """
 
@@ -44,8 +45,9 @@ def shares(count: int) -> list[list[Callable[[], None]]]:
     return dealt
 
 
-def everything(processes: int) -> None:
+def everything() -> None:
     """All shares, each in a process of its own. One that fails is no error here: the tests will tell."""
+    processes = len(os.sched_getaffinity(0))
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     running = [
         subprocess.Popen([sys.executable, "-m", "gpu.warm", str(index), str(processes)], env=environment)
@@ -71,4 +73,7 @@ def _train(way: Way) -> None:
 
 
 if __name__ == "__main__":
-    main(*map(int, sys.argv[1:]))
+    if sys.argv[1:]:
+        main(*map(int, sys.argv[1:]))
+    else:
+        everything()
