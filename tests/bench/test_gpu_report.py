@@ -11,6 +11,7 @@ import sys
 import textwrap
 import time
 from pathlib import Path
+from xml.etree import ElementTree
 
 import pytest
 import torch
@@ -343,6 +344,17 @@ def test_a_line_a_test(tmp_path):
         "test_skipped": "skipped",
         "test_unreadable.py": "E   ModuleNotFoundError: No module named 'no_such_module'",
     }
+
+
+def test_reports_of_several_processes_become_one(tmp_path):
+    for name in ("one", "two"):
+        text = f'<testsuites><testsuite name="pytest"><testcase name="{name}"/></testsuite></testsuites>'
+        (tmp_path / f"{name}.xml").write_text(text)
+    (tmp_path / "half.xml").write_text("<testsuites><testsuite")
+    parts = [tmp_path / f"{name}.xml" for name in ("one", "half", "absent", "two")]
+    tests.merge(parts, tmp_path / "all.xml")
+    root = ElementTree.parse(tmp_path / "all.xml").getroot()
+    assert [case.get("name") for case in root.iter("testcase")] == ["one", "two"]
 
 
 def test_what_matters_most_is_tested_first():
