@@ -32,7 +32,9 @@ def report(out: Path, budget: float, *, sections: Sequence[str] = (), dry: bool 
     if budget < SHORTEST:
         raise ValueError(f"budget must be at least {SHORTEST:g} seconds, got {budget:g}")
     if not dry and not torch.cuda.is_available():
-        raise ValueError("PyTorch sees no CUDA GPU; --dry-run does all of it on a CPU with tiny shapes")
+        raise ValueError(
+            "PyTorch sees no CUDA GPU; --dry-run (make gpu-report DRY=1) does it on a CPU with tiny shapes"
+        )
     if out.exists() and not out.is_dir():
         raise ValueError(f"out must be a folder, got the file {str(out)!r}")
     chosen = [section for section in SECTIONS if not sections or section.name in sections]

@@ -234,12 +234,13 @@ def _gemm(case: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def _host(found: Figures) -> str:
-    rows = [
-        [what, case["by"], *(_number(values.get(name)) for name in ("us_a_layer", "forward_us_a_layer"))]
-        + [_number(values.get(name)) for name in ("gpu_us_a_layer", "launches_a_layer")]
-        for what in ("inference", "training")
-        for case, values in found.of("host", what)
-    ]
+    launches = {(case["of"], case["by"]): values for case, values in found.of("host", "launches")}
+    rows = []
+    for what in ("inference", "training"):
+        for case, values in found.of("host", what):
+            values = {**values, **launches.get((what, case["by"]), {})}
+            columns = ("us_a_layer", "forward_us_a_layer", "gpu_us_a_layer", "launches_a_layer")
+            rows.append([what, case["by"], *(_number(values.get(column)) for column in columns)])
     header = ["a layer, batch 1", "by", "host us", "of it forward", "GPU us", "launches"]
     return _table("host", header, rows)
 

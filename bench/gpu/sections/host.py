@@ -27,28 +27,33 @@ CALLS = 4
 def run(record: Recorder, setting: Setting) -> None:
     setups = Setups(setting)
     for provider in ("ours", "optimized", "SDPA"):
-        record.measure("inference", partial(_inference, setups, setting, provider), by=provider)
+        record.measure("inference", partial(_inference, setups, setting, provider, _host), by=provider)
+        record.measure(
+            "launches", partial(_inference, setups, setting, provider, _launches), of="inference", by=provider
+        )
     for provider in ("ours", "SDPA"):
-        record.measure("training", partial(_training, setups, setting, provider), by=provider)
+        record.measure("training", partial(_training, setups, setting, provider, _host), by=provider)
+        record.measure("launches", partial(_training, setups, setting, provider, _launches), of="training", by=provider)
     record.measure("trace", lambda: _trace(setups, setting))
 
 
-def _inference(setups: Setups, setting: Setting, provider: str) -> Mapping[str, Any]:
+Look = Callable[[Call, Setting], Mapping[str, float]]
+
+
+def _inference(setups: Setups, setting: Setting, provider: str, look: Look) -> Mapping[str, float]:
     with torch.inference_mode():
-        call = FORWARDS[provider](setups.get(setting.base, 1, "padded"))
-        return {"us_a_layer": _host(call, setting), **_launches(call, setting)}
+        return look(FORWARDS[provider](setups.get(setting.base, 1, "padded")), setting)
 
 
-def _training(setups: Setups, setting: Setting, provider: str) -> Mapping[str, Any]:
+def _training(setups: Setups, setting: Setting, provider: str, look: Look) -> Mapping[str, float]:
     training = Training(setups.get(setting.base, 1, "padded", "training"), STEPS[provider])  # type: ignore[arg-type]
-    return {
-        "us_a_layer": _host(training.gradients, setting),
-        "forward_us_a_layer": _host(training.forward, setting),
-        **_launches(training.gradients, setting),
-    }
+    found = look(training.gradients, setting)
+    if look is _host:
+        found = {**found, "forward_us_a_layer": _host(training.forward, setting)["us_a_layer"]}
+    return found
 
 
-def _host(call: Call, setting: Setting) -> float:
+def _host(call: Call, setting: Setting) -> dict[str, float]:
     """Microseconds of the host a layer."""
 
     def wait() -> None:
@@ -65,13 +70,12 @@ def _host(call: Call, setting: Setting) -> float:
             call()
         taken.append((time.perf_counter_ns() - start) / CALLS)
     wait()
-    return statistics.median(taken) / 1e3 / setting.base.layers
+    return {"us_a_layer": statistics.median(taken) / 1e3 / setting.base.layers}
 
 
 def _launches(call: Call, setting: Setting) -> dict[str, float]:
     """Of kernels, copies and fills, a layer; what is outside of the layers is in it too."""
-    if setting.dry:
-        return {}
+    setting.needs_gpu("counting launches")
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
         call()
         torch.cuda.synchronize()
