@@ -10,7 +10,7 @@ import torch
 
 from . import _extension
 from ._version import __version__
-from .ops._triton import unsupported
+from .ops._triton import unfenced, unsupported
 from .tuning import cache_file
 
 _OPS = ("layer_norm", "multiway_linear", "multiway_ffn", "attention", "decode_attention", "route_tokens")
@@ -39,9 +39,8 @@ def _triton() -> str:
     reason = unsupported(0)
     if reason is not None:
         return f"not used: {reason}"
-    return "used on a GPU, " + (
-        "tuned choices from " + str(cache_file()) if cache_file().is_file() else "default configs"
-    )
+    configs = f"tuned choices from {cache_file()}" if cache_file().is_file() else "default configs"
+    return "; ".join(part for part in (f"used on a GPU, {configs}", unfenced()) if part)
 
 
 def _package(name: str) -> str:

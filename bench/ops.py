@@ -45,14 +45,11 @@ class Problem:
     """One set of values for a case: the op's tensors and the gradient of its output, as rows and stacked parameters."""
 
     def __init__(self, case: OpCase, layout: TokenLayout, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(layout.device).manual_seed(seed)  # millions of values: a GPU draws its own
         self.case = case
         self.layout = layout
-        self.tensors = {
-            name: _draw(name, shape, generator).to(case.dtype).to(layout.device)
-            for name, shape in case.inputs().items()
-        }
-        self.dout = torch.randn(case.output(), generator=generator).to(case.dtype).to(layout.device)
+        self.tensors = {name: _draw(name, shape, generator).to(case.dtype) for name, shape in case.inputs().items()}
+        self.dout = torch.randn(case.output(), generator=generator, device=layout.device).to(case.dtype)
 
     def inputs(self, provider: OpProvider) -> Inputs:
         """The tensors in the provider's form, memory of its own; they take gradients where the case is a backward."""
@@ -95,7 +92,7 @@ class Problem:
 def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Random values under which mistakes show: no affine at its default, matrices that keep the size of what they
     multiply, and every seventh token with a mean far from zero."""
-    values = torch.randn(shape, generator=generator)
+    values = torch.randn(shape, generator=generator, device=generator.device)
     if name.endswith("bias"):
         return 0.1 * values
     if name.endswith("weight"):

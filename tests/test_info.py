@@ -105,6 +105,15 @@ def test_packages_that_are_not_installed(capsys: pytest.CaptureFixture[str], mon
     assert "triton 9.8.7+triton" in printed(capsys)
 
 
+@pytest.mark.parametrize(("version", "told"), [("3.6.0", True), ("3.7.0", True), ("3.7.1", False), ("3.10.0", False)])
+def test_a_triton_that_is_not_formally_safe(
+    version: str, told: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(metadata, "version", lambda name: version)
+    line = next(line for line in printed(capsys).splitlines() if line.strip().startswith("Triton kernels"))
+    assert (f"Triton {version} leaves out a fence" in line and ">= 3.7.1" in line) == told
+
+
 @pytest.mark.parametrize(
     ("cuda", "available", "devices", "words"),
     [

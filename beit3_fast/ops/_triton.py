@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import re
+import warnings
 from functools import lru_cache
+from importlib import metadata
 from importlib.util import find_spec
 
 import torch
@@ -12,6 +15,14 @@ from torch import Tensor
 from ..backend import current_backend
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.int32, torch.int64)
+
+FENCED = (3, 7, 1)
+"""The first Triton that orders a tensor core's reads of shared memory after the writes before them.
+
+The products of compute capability 9.0 to 11.0 (wgmma, tcgen05) read shared memory through the asynchronous proxy. What
+cp.async wrote there is only sure to be seen after a fence.proxy.async, which Triton up to 3.7.0 leaves out of pipelined
+loops (triton-lang/triton#9610; in 3.7.1 by #10537 after pytorch/pytorch#181248, wrong results on a B200).
+"""
 
 
 @lru_cache(maxsize=1)
@@ -31,6 +42,43 @@ def unsupported(device_index: int) -> str | None:
     return None
 
 
+def triton_version() -> tuple[int, ...] | None:
+    """The installed Triton's, None if it is not known."""
+    try:
+        return tuple(int(number) for number in re.findall(r"\d+", metadata.version("triton"))[:3])
+    except metadata.PackageNotFoundError:  # none, or one under another name, as nightly builds have
+        return None
+
+
+def unfenced() -> str | None:
+    """Why this Triton's code for compute capability 9.0 to 11.0 is not formally safe, None if it is."""
+    version = triton_version()
+    if version is None or version >= FENCED:
+        return None
+    found, safe = (".".join(map(str, numbers)) for numbers in (version, FENCED))
+    return (
+        f"Triton {found} leaves out a fence between copies into shared memory and the tensor cores that read them "
+        f"(triton-lang/triton#9610): Triton >= {safe} is safe on GPUs of compute capability 9.0 to 11.0"
+    )
+
+
+@lru_cache(maxsize=64)
+def _taken(device_index: int) -> bool:
+    """Whether the kernels run on that GPU. Where they are not formally safe, that is said once."""
+    if unsupported(device_index) is not None:
+        return False
+    if torch.cuda.is_available() and (9, 0) <= torch.cuda.get_device_capability(device_index) < (12, 0):
+        _warn_once()
+    return True
+
+
+@lru_cache(maxsize=1)
+def _warn_once() -> None:
+    reason = unfenced()
+    if reason is not None:
+        warnings.warn(reason, RuntimeWarning, stacklevel=2)
+
+
 def serves(x: Tensor) -> bool:
     """Whether the Triton kernels take a call whose first tensor is `x`; also decides what a forward saves.
 
@@ -41,7 +89,7 @@ def serves(x: Tensor) -> bool:
         if x.dtype not in _DTYPES:
             raise ValueError(f"x must be fp32, bf16 or fp16 under use_backend('triton'), got {x.dtype}")
         return True
-    return x.device.type == "cuda" and x.dtype in _DTYPES and unsupported(x.device.index or 0) is None
+    return x.device.type == "cuda" and x.dtype in _DTYPES and _taken(x.device.index or 0)
 
 
 def precision(dtype: torch.dtype) -> str:

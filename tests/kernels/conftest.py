@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from beit3_fast.backend import use_backend
+from beit3_fast.ops._triton import unfenced
 
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
@@ -31,6 +32,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="looks at compiled code; TRITON_INTERPRET=1 is set"))
 
 
+def races_of(stats: Any) -> list[str]:
+    """The races of a launch. Those that an old Triton's missing fence alone explains are its own, and known.
+
+    `test_proxy_fences.py` holds on to that: a Triton that is said to leave the fences out is seen to do so.
+    """
+    known = unfenced() is not None
+    return [race for race in stats.races if not (known and "race (proxy:" in race)]
+
+
 @pytest.fixture
 def launches() -> Callable[..., AbstractContextManager[list[Any]]]:
     """``with launches() as log:`` runs what is launched inside; `log` gets (kernel name, counts) when simulated."""
@@ -45,6 +55,7 @@ def launches() -> Callable[..., AbstractContextManager[list[Any]]]:
             with simulate.simulated(**{"check_races": True, **options}) as log:
                 yield log
             for name, stats in log:
-                assert not stats.races, f"{name}: {stats.races[:2]}"
+                races = races_of(stats)
+                assert not races, f"{name}: {races[:2]}"
 
     return run

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import gc
+import multiprocessing
 import os
 import threading
 import time
+import warnings
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -133,11 +135,18 @@ class Worked(Dataset[list[Tensor]]):
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system has no fork")
-@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_forked_workers(threads: Callable[[int], None]) -> None:
-    """Of a DataLoader, after the parent has used its threads."""
+def test_forked_workers() -> None:
+    """Of a DataLoader, after the parent has used its threads. The parent is a new process: autograd refuses to run in
+    forks of one that has had a GPU, be it a pretended one."""
+    with ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
+        pool.submit(fork_workers).result()
+
+
+def fork_workers() -> None:
+    warnings.filterwarnings("ignore", ".*fork.*", DeprecationWarning)
+    torch.manual_seed(0)
     dataset = Worked([Call(op, 220, 128) for op in OPS])
-    threads(2)
+    torch.set_num_threads(2)
     expected = list(dataset)
     loader = DataLoader(dataset, batch_size=None, num_workers=2, multiprocessing_context="fork", timeout=60)
     for results, wanted in zip(loader, expected, strict=True):
