@@ -17,7 +17,7 @@ BUILD_INPUTS := pyproject.toml setup.py CMakeLists.txt beit3_fast/_version.py $(
 CXX_SOURCES := $(shell find bench csrc tests -name '*.h' -o -name '*.cpp' -o -name '*.cu' -o -name '*.cuh')
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-oldest test-oldest-quick headers sanitize gpu-check budget lint format build clean
+.PHONY: help demo test test-oldest test-oldest-quick headers sanitize gpu-check gpu-report budget lint format build clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-17s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -84,6 +84,14 @@ gpu-check: ## on a machine with a GPU: every test, then the kernels under comput
 				$(BIN)/python -m pytest -q $(SANITIZED) || exit 1; \
 		done; \
 	fi
+
+OUT ?= build/gpu
+BUDGET ?= 430
+gpu-report: ## on a machine with a GPU and PyTorch, nothing installed: everything measured into OUT within BUDGET seconds
+	mkdir -p build/site/beit3_fast
+	ln -sfn $(CURDIR)/beit3_fast/* $(CURDIR)/kernels $(CURDIR)/bench build/site/beit3_fast/
+	cd build/site && PYTHONPATH=$(CURDIR)/build/site$${PYTHONPATH:+:$$PYTHONPATH} \
+		$(PYTHON) -m beit3_fast.bench.gpu --out $(abspath $(OUT)) --budget $(BUDGET) $(if $(DRY),--dry-run)
 
 budget: $(VENV)/.test ## the GPU kernels of every architecture: registers, spills and the like against their budgets
 	$(BIN)/beit3-fast bench static

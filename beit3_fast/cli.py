@@ -125,7 +125,7 @@ def bench() -> None:
 @click.option("--batch", type=int, default=None, help="Replace every case's batch size.")
 @_rounds
 @_where
-@click.option("--compile", "compiled", is_flag=True, help="Also time the reference under torch.compile.")
+@click.option("--compile", "compiled", is_flag=True, help="Also the reference with SDPA, under torch.compile.")
 @_base
 @_files
 def bench_model(**options: Any) -> None:
@@ -223,6 +223,34 @@ def bench_compare(**options: Any) -> None:
     _exit(compare(**options))
 
 
+@bench.command("gpu")
+@click.option("--out", type=click.Path(path_type=Path), required=True, help="Folder for the files, at most 8.")
+@click.option("--budget", type=float, default=430, help="Seconds for all of it.")
+@click.option("--section", "sections", multiple=True, help="This section only, e.g. parity; repeatable.")
+@click.option("--dry-run", "dry", is_flag=True, help="All of it on a CPU with tiny shapes, in about two minutes.")
+def bench_gpu(**options: Any) -> None:
+    """Ask this machine's GPU everything: tests, parity, the same bits, and times beside the best alternatives.
+
+    What matters most comes first. Every figure is a line of results.jsonl once it is known; a section that crashes
+    or hangs costs the others nothing. Exit code 1 when something failed or was wrong.
+    """
+    from beit3_fast.bench.gpu.command import report
+
+    _exit(report(**options))
+
+
+@bench.command("gpu-table")
+@click.argument("results", required=False, type=click.Path(path_type=Path))
+def bench_gpu_table(**options: Any) -> None:
+    """Make README's GPU table and its plots from a result of bench gpu that was kept in bench/results.
+
+    RESULTS is the newest one by default. Without a result there is no table.
+    """
+    from beit3_fast.bench.gpu.page import update
+
+    update(**options)
+
+
 @bench.command("memory")
 @_files
 def bench_memory(**options: Any) -> None:
@@ -259,7 +287,9 @@ def bench_simulate(**options: Any) -> None:
 @main.command()
 @click.option("--width", type=int, default=None, help="Of the model. [default: those of base and large]")
 @click.option("--hidden", type=int, default=None, help="Of its feed-forward block. [default: 4 x width]")
-@click.option("--rows", type=int, multiple=True, help="Tokens in a batch, rounded up to a power of two; repeatable.")
+@click.option(
+    "--rows", type=int, multiple=True, help="Tokens in a batch, rounded up to three binary digits; repeatable."
+)
 @click.option(
     "--dtype",
     "dtypes",
@@ -269,10 +299,11 @@ def bench_simulate(**options: Any) -> None:
 )
 @click.option("--op", "ops", multiple=True, help="Tune this op only, e.g. multiway_ffn_backward; repeatable.")
 @click.option("--experts", type=int, default=2, help="Weights per layer: 2 in BEiT-3, vision and text.")
+@click.option("--all", "exhaustive", is_flag=True, help="Time every valid config, not the promising ones; takes hours.")
 @click.option("--list", "show", is_flag=True, help="Print what is stored, and tune nothing.")
 @click.option("--clear", "remove", is_flag=True, help="Remove this GPU's entries, and tune nothing.")
 def tune(**options: Any) -> None:
-    """Find the fastest kernel configs on this GPU and keep them; takes minutes to hours.
+    """Find the fastest kernel configs on this GPU and keep them; takes minutes.
 
     Every config must pass parity before it is timed, and where PyTorch is faster, PyTorch is used. Later calls look the
     winners up; nothing is tuned while a model runs.

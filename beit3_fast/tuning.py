@@ -1,8 +1,9 @@
 """Which config a Triton GEMM runs with on this GPU: measured once by ``beit3-fast tune``, looked up at every call.
 
 Winners are kept in ``$XDG_CACHE_HOME/beit3_fast/tuned.json`` (``~/.cache`` without the variable) per device name, op,
-widths, number of experts, row bucket and dtype. Row counts come in buckets, so that a new batch size finds its entry
-and nothing is ever timed inside a step. What is not in the file runs with the kernels' default configs.
+widths, number of experts, row bucket and dtype. Row counts come in buckets, and a bucket that was not tuned takes the
+configs of the nearest that was (:data:`REACH`): a new batch size finds its entry, and nothing is ever timed inside a
+step. What has no such entry runs with the kernels' default configs, which are chosen once for every bucket too.
 """
 
 from __future__ import annotations
@@ -17,13 +18,14 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from ._candidates import Product, promising
 from .kernels.config import Config
 
 SCHEMA = 1
@@ -43,8 +45,12 @@ SIZES = ((768, 3072), (1024, 4096))
 ROWS = (256, 2048, 8192, 32768)
 """Row buckets that are tuned by default: 1, 8, 32 and 128 images of 224 pixels with a text each."""
 
+REACH = 3
+"""How many times more or fewer rows a tuned bucket may have than what it is used for. Steps of eight, the largest in
+:data:`ROWS`, leave nothing between them: 3 * 3 > 8."""
+
 Timer = Callable[[Callable[[], object]], float]
-"""Runs a function a few times and returns its median milliseconds."""
+"""Times what ``bench.timing.prepared`` gives, a few times; returns the median milliseconds of a call."""
 
 _DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
 _MEASURED = ("triton_ms", "default_ms", "pytorch_ms", "error", "pytorch_error")
@@ -97,27 +103,32 @@ class Entry:
 
 
 def row_bucket(num_rows: int) -> int:
-    """The power of two, at least 16, that `num_rows` is rounded up to.
+    """`num_rows` rounded up to a number with three significant binary digits, at least 16: 16, 20, 24, 28, 32, 40, ...
+
+    A bucket is at most a quarter larger than what is in it, so that what is best for one is good for the other; and
+    there are few: four from one power of two to the next.
 
     Raises:
         ValueError: a negative count.
     """
     if num_rows < 0:
         raise ValueError(f"num_rows must not be negative, got {num_rows}")
-    return max(16, 1 << max(num_rows - 1, 0).bit_length())
+    step = 1 << max((num_rows - 1).bit_length() - 3, 2)
+    return max(16, -(-num_rows // step) * step)
 
 
-@functools.lru_cache(maxsize=4096)
 def choose(
     op: str, device: torch.device, dtype: torch.dtype, num_rows: int, num_experts: int, widths: tuple[int, int]
 ) -> Choice:
-    """The tuned configs of an op, or the default ones for the device. Remembered: it is asked at every call.
+    """The tuned configs of an op for the nearest row bucket, or the default ones for the device and the bucket.
+
+    It is asked at every call and remembers its answers by bucket: ragged batches find theirs after a few steps.
 
     Args:
         op: a key of :data:`ROLES`.
         device: of the tensors. Anything but a CUDA device (tensors under Triton's interpreter or a simulator) counts
             as compute capability 8.0 and is never tuned.
-        dtype: of the rows.
+        dtype: of the rows. Those of fp32 are tuned with full-precision products; with TF32 they run with the same.
         num_rows: N. num_experts: E.
         widths: (in_width, out_width) of a linear layer, (width, hidden) of the feed-forward block.
 
@@ -125,23 +136,47 @@ def choose(
         The choice; it is shared between callers and must not be changed.
 
     Raises:
-        ValueError: an unknown op.
+        ValueError: an unknown op, or a negative number of rows.
     """
+    return _choose(op, device, dtype, row_bucket(num_rows), num_experts, widths)
+
+
+@functools.lru_cache(maxsize=4096)
+def _choose(
+    op: str, device: torch.device, dtype: torch.dtype, rows: int, num_experts: int, widths: tuple[int, int]
+) -> Choice:
     if op not in ROLES:
         raise ValueError(f"op must be one of {', '.join(ROLES)}, got {op!r}")
     kernels, arch = _kernels(op), _architecture(device)
     if device.type == "cuda":
-        name = torch.cuda.get_device_name(device)
-        entry = _tuned().get(Key(name, op, widths, num_experts, row_bucket(num_rows), _dtype_name(dtype)))
-        if entry is not None and _is_valid(entry.choice, op, kernels.valid_configs(arch, dtype, *widths)):
-            return entry.choice
-    defaults = kernels.default_configs(arch, dtype, num_rows, num_experts, *widths)
+        key = Key(torch.cuda.get_device_name(device), op, widths, num_experts, rows, _dtype_name(dtype))
+        tuned = _nearest(key, kernels.valid_configs(arch, dtype, *widths))
+        if tuned is not None:
+            return tuned
+    defaults = kernels.default_configs(arch, dtype, rows, num_experts, *widths)
     return Choice({role: defaults[role] for role in ROLES[op]}, use_triton=True)
+
+
+def _nearest(wanted: Key, valid: dict[str, list[Config]]) -> Choice | None:
+    """The choice whose number of rows has the smallest ratio to the wanted one, whichever is larger; of two the one of
+    fewer rows. None if no entry for the rest of the key is valid and within :data:`REACH`."""
+
+    def ratio(rows: int) -> float:
+        return max(rows / wanted.rows, wanted.rows / rows)
+
+    found = {
+        key.rows: entry.choice
+        for key, entry in _tuned().items()
+        if replace(key, rows=wanted.rows) == wanted
+        and ratio(key.rows) <= REACH
+        and _is_valid(entry.choice, key.op, valid)
+    }
+    return found[min(sorted(found), key=ratio)] if found else None
 
 
 def forget() -> None:
     """Read the file again at the next :func:`choose`."""
-    choose.cache_clear()
+    _choose.cache_clear()
     _tuned.cache_clear()
 
 
@@ -295,15 +330,20 @@ def tune(
     rows: Sequence[int] = ROWS,
     dtypes: Sequence[torch.dtype] = (torch.bfloat16,),
     num_experts: int = 2,
+    exhaustive: bool = False,
+    workers: int | None = None,
     timer: Timer | None = None,
     progress: Callable[[float, str], None] = lambda done, what: None,
 ) -> list[Outcome]:
-    """Time every valid config of every role, one role after the other, and store the winners.
+    """Time the promising configs of every role, one role after the other, and store the winners.
 
-    A config is timed only after its results passed the parity rule of ``bench/parity.py``. The best configs, the
-    default ones and plain PyTorch (``<op>_reference``, and its autograd for a backward) are then timed in turns; where
-    PyTorch is the fastest, that is stored. Every key is stored as soon as it is done. fp32 is tuned with full-precision
-    products.
+    They are compiled first, by as many processes as there are cores. A config is timed only after its results passed
+    the parity rule of ``bench/parity.py``; what is timed is a CUDA graph of calls on operands that take turns. The best
+    configs, the default ones and plain PyTorch (``<op>_reference``, and its autograd for a backward) are then timed in
+    turns; where PyTorch is the fastest, that is stored. Every key is stored as soon as it is done. fp32 is tuned with
+    full-precision products.
+
+    The processes start as new Pythons do: a script calls this under ``if __name__ == "__main__":``.
 
     Args:
         device: a GPU.
@@ -312,24 +352,32 @@ def tune(
         rows: row counts; each stands for its :func:`row_bucket`.
         dtypes: of fp32, bf16 and fp16.
         num_experts: E; the first has three quarters of the rows.
-        timer: runs a function a few times and returns its median milliseconds; by default :func:`cuda_median`.
+        exhaustive: time every valid config: several times as many, and hours.
+        workers: processes that compile; by default one for each core.
+        timer: see :data:`Timer`; by default :func:`cuda_median`.
         progress: called with the finished share and what is being timed.
 
     Raises:
         ValueError: an argument that is not one of the above; no GPU, and no timer of the caller's own.
         OSError: the file cannot be written.
     """
+    from .bench import static
+    from .bench.timing import side_stream
+
     place = torch.device(device)
     keys = _keys(place, ops, sizes, rows, dtypes, num_experts, has_timer=timer is not None)
     outcomes = []
-    # launches go to the current GPU
-    with torch.cuda.device(place) if place.type == "cuda" else contextlib.nullcontext():
+    with contextlib.ExitStack() as stack:
+        if place.type == "cuda":
+            stack.enter_context(torch.cuda.device(place))  # launches go to the current GPU
+            stack.enter_context(side_stream(place))  # and a captured backward to the stream of its forward
+        compiled = _Compiled(stack.enter_context(static.each_in_processes(static.why_not, workers or static.cores())))
         for index, key in enumerate(keys):
 
             def advance(share: float, what: str, index: int = index, key: Key = key) -> None:
                 progress((index + share) / len(keys), f"{describe(key)}: {what}")
 
-            outcome = _tune_key(key, place, timer or cuda_median, advance)
+            outcome = _tune_key(key, place, exhaustive, compiled, timer or cuda_median, advance)
             if outcome.entry is not None:
                 store([outcome.entry])
             outcomes.append(outcome)
@@ -337,10 +385,10 @@ def tune(
 
 
 def cuda_median(run: Callable[[], object]) -> float:
-    """Milliseconds of `run` on the current GPU: CUDA events, L2 flushed before every run, the median."""
-    from triton.testing import do_bench
+    """Milliseconds of a call on the current GPU, from what ``bench.timing.prepared`` gives."""
+    from .bench.timing import median_of
 
-    return float(do_bench(run, warmup=10, rep=40, return_mode="median"))
+    return median_of(run, torch.device("cuda", torch.cuda.current_device())) * 1e-6
 
 
 def describe(key: Key) -> str:
@@ -383,22 +431,56 @@ def _keys(
     return list(dict.fromkeys(keys))
 
 
-def _tune_key(key: Key, device: torch.device, timer: Timer, progress: Callable[[float, str], None]) -> Outcome:
+class _Compiled:
+    """Compiles the launches of many configs at once, before they are made; remembers what must not run."""
+
+    def __init__(self, each: Callable[..., Iterable[tuple[Any, str | None]]]) -> None:
+        """``each(builds)`` yields (build, why it must not run or None)."""
+        self._each = each
+        self._found: dict[Any, str | None] = {}
+
+    def why_not(self, problem: _Problem, tries: Sequence[dict[str, Config]]) -> list[str | None]:
+        """For each of the configs why they must not run, None if they may.
+
+        Nothing is compiled for tensors that are not on an NVIDIA GPU: what runs there is not what would be compiled.
+        """
+        from .bench.static import build_of
+        from .kernels.launch import record
+
+        if problem.device.type != "cuda" or torch.version.hip is not None:
+            return [None] * len(tries)
+        arch, builds = _architecture(problem.device), []
+        for configs in tries:
+            with record() as launches:
+                problem.run(configs)
+            builds.append([build_of(launch, problem.key.dtype, arch) for launch in launches])
+        new = dict.fromkeys(build for some in builds for build in some if build not in self._found)
+        self._found.update(self._each(new))
+        return [next((why for build in some if (why := self._found[build])), None) for some in builds]
+
+
+def _tune_key(
+    key: Key,
+    device: torch.device,
+    exhaustive: bool,
+    compiled: _Compiled,
+    timer: Timer,
+    progress: Callable[[float, str], None],
+) -> Outcome:
     import triton
 
-    from .bench.timing import MIN_ROUNDS, interleave
+    from .bench.timing import MIN_ROUNDS, CaptureError, in_turn, interleave, prepared
 
     failures = (RuntimeError, triton.TritonError)  # of a launch: out of memory of either kind, does not compile
     kernels, dtype = _kernels(key.op), _DTYPES[key.dtype]
-    valid = kernels.valid_configs(_architecture(device), dtype, *key.widths)
     defaults = kernels.default_configs(_architecture(device), dtype, key.rows, key.num_experts, *key.widths)
     default = {role: defaults[role] for role in ROLES[key.op]}
+    candidates = _candidates(key, device, default, exhaustive)
     progress(0.0, "float64")
     try:
         problem = _Problem(key, device)
     except failures as error:
         return Outcome(key, None, (f"could not be set up: {_first_line(error)}",))
-
     skipped: list[str] = []
     errors: dict[frozenset[tuple[str, Config]], float] = {}  # of the configs that passed
 
@@ -410,16 +492,19 @@ def _tune_key(key: Key, device: torch.device, timer: Timer, progress: Callable[[
             errors[frozenset(configs.items())] = error
         return not reason
 
-    best, done, total = default, 0, sum(len(valid[role]) for role in default)
+    best, done, total = default, 0, sum(map(len, candidates.values()))
     for role in default:
-        fastest, start = math.inf, best
-        for config in [start[role], *(config for config in valid[role] if config != start[role])]:
-            label = f"{role} {config}"
+        progress(done / total, f"compiling {role}")
+        tries = [{**best, role: config} for config in candidates[role]]  # a launch may depend on an earlier role's tile
+        fastest = math.inf
+        for configs, forbidden in zip(tries, compiled.why_not(problem, tries), strict=True):
+            label = f"{role} {configs[role]}"
             progress(done / total, label)
-            configs = {**start, role: config}
             try:
-                if passes(configs, label):
-                    milliseconds = timer(functools.partial(problem.run, configs))
+                if forbidden is not None:
+                    skipped.append(f"{label}: {forbidden}")
+                elif passes(configs, label):
+                    milliseconds = timer(prepared(problem.calls(configs), device))
                     if milliseconds < fastest:
                         fastest, best = milliseconds, configs
             except failures as error:
@@ -429,10 +514,15 @@ def _tune_key(key: Key, device: torch.device, timer: Timer, progress: Callable[[
 
     # The fastest of a hundred noisy times is partly luck: what decides is a second measurement, side by side.
     progress(1.0, "PyTorch, default and best in turns")
-    contenders: dict[str, Callable[[], object]] = {"pytorch": problem.plain}
+    try:
+        plain = prepared(problem.plain_calls(), device)
+    except CaptureError as error:
+        skipped.append(f"PyTorch: timed with the host's time: {_first_line(error)}")
+        plain = in_turn(problem.plain_calls())
+    contenders: dict[str, Callable[[], object]] = {"pytorch": plain}
     for name, configs in (("default", default), ("best", best)):
         if frozenset(configs.items()) in errors:
-            contenders[name] = functools.partial(problem.run, configs)
+            contenders[name] = prepared(problem.calls(configs), device)
     timing = interleave(contenders, rounds=MIN_ROUNDS, stopwatch=timer)
     times = {name: timing.time(name).median for name in contenders}
     if "best" not in times or times.get("default", math.inf) <= times["best"]:
@@ -452,13 +542,40 @@ def _tune_key(key: Key, device: torch.device, timer: Timer, progress: Callable[[
     return Outcome(key, entry, tuple(skipped))
 
 
+def _candidates(
+    key: Key, device: torch.device, default: dict[str, Config], exhaustive: bool
+) -> dict[str, list[Config]]:
+    """The configs to be timed for each role, the default one first."""
+    arch, dtype = _architecture(device), _DTYPES[key.dtype]
+    valid = _kernels(key.op).valid_configs(arch, dtype, *key.widths)
+    processors = torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 108
+    found = {}
+    for role, config in default.items():
+        timed = valid[role] if exhaustive else promising(valid[role], _product(key, role), arch, dtype, processors)
+        found[role] = list(dict.fromkeys([config, *timed]))
+    return found
+
+
+def _product(key: Key, role: str) -> Product:
+    """What the role's launch computes."""
+    rows = [stop - start for start, stop in itertools.pairwise(_offsets(key.rows, key.num_experts))]
+    width, other = key.widths  # a linear layer's input and output, a block's rows and hidden rows
+    if role in ("dweight", "dfc1", "dfc2"):
+        outputs, inputs = (width, other) if role == "dfc2" else (other, width)
+        return Product(tuple((outputs, depth) for depth in rows), inputs)
+    columns = other if role in ("forward", "fc1", "dhidden") else width
+    return Product(tuple((count, 1) for count in rows), columns)
+
+
 class _Problem:
-    """Inputs of one key, what they should give, and two ways to compute it."""
+    """Inputs of one key, several sets of the same values that take turns, what they should give, and two ways to
+    compute it."""
 
     def __init__(self, key: Key, device: torch.device) -> None:
         from .bench.parity import error
+        from .bench.timing import rotations
 
-        self._key, self._dtype, self._kernels = key, _DTYPES[key.dtype], _kernels(key.op)
+        self.key, self.device, self._dtype, self._kernels = key, device, _DTYPES[key.dtype], _kernels(key.op)
         self._backward = key.op.endswith("_backward")
         generator = torch.Generator(device).manual_seed(0)
 
@@ -466,40 +583,56 @@ class _Problem:
             return (torch.randn(shape, generator=generator, device=device) * scale).to(self._dtype)
 
         experts, (width, other) = key.num_experts, key.widths
-        self._inputs: tuple[Tensor, ...] = (
+        inputs: tuple[Tensor, ...] = (
             normal(key.rows, width),
             normal(experts, other, width, scale=width**-0.5),
             normal(experts, other),
         )
         if "ffn" in key.op:
-            self._inputs += (
+            inputs += (
                 1 + normal(experts, other, scale=0.5),
                 normal(experts, other),
                 normal(experts, width, other, scale=other**-0.5),
                 normal(experts, width),
             )
-        self._dy = normal(key.rows, width if "ffn" in key.op else other)
-        self._offsets = torch.tensor(_offsets(key.rows, experts), dtype=torch.int32, device=device)
-        self._truth = self._make_plain(torch.float64)()
-        self.plain = self._make_plain(self._dtype)
-        self._plain_errors = [error(*pair) for pair in zip(self.plain(), self._truth, strict=True)]
-        self.plain_error = max(error.maximum for error in self._plain_errors)
-        self._saved: tuple[Tensor, ...] = ()
+        dy = normal(key.rows, width if "ffn" in key.op else other)
+        host_offsets = torch.tensor(_offsets(key.rows, experts), dtype=torch.int32)
+        self._offsets = host_offsets.to(device)
+        self._host_offsets = host_offsets  # plain PyTorch needs them on the host, and would wait for those of a GPU
+        saved: tuple[Tensor, ...] = ()
         if key.op == "multiway_ffn_backward":
             configs = self._kernels.default_configs(_architecture(device), self._dtype, key.rows, experts, *key.widths)
-            self._saved = self._kernels.forward(*self._inputs, self._offsets, save=True, configs=configs)[1:]
+            saved = self._kernels.forward(*inputs, self._offsets, save=True, configs=configs)[1:]
+        self._truth = self._make_plain(inputs, dy, torch.float64)()
+        plain = self._make_plain(inputs, dy, self._dtype)()
+        self._plain_errors = [error(*pair) for pair in zip(plain, self._truth, strict=True)]
+        self.plain_error = max(error.maximum for error in self._plain_errors)
+        bytes_per_call = sum(tensor.nbytes for tensor in (*inputs, *saved, *plain, *(dy,) * self._backward))
+        self._sets = [(inputs, dy, saved)]
+        if device.type == "cuda":
+            self._sets += [
+                (_clones(inputs), dy.clone(), _clones(saved)) for _ in range(rotations(bytes_per_call, device) - 1)
+            ]
 
-    def run(self, configs: dict[str, Config]) -> tuple[Tensor, ...]:
-        """Outputs or gradients by the Triton kernels."""
+    def run(self, configs: dict[str, Config], turn: int = 0) -> tuple[Tensor, ...]:
+        """Outputs or gradients by the Triton kernels, from a set of inputs."""
+        inputs, dy, saved = self._sets[turn]
         if not self._backward:
-            return self._kernels.forward(*self._inputs, self._offsets, configs=configs)[:1]
-        if "ffn" not in self._key.op:
-            return self._kernels.backward(self._dy, *self._inputs[:2], self._offsets, configs=configs)
-        x, fc1_weight, _, norm_weight, norm_bias, fc2_weight, _ = self._inputs
+            return self._kernels.forward(*inputs, self._offsets, configs=configs)[:1]
+        if "ffn" not in self.key.op:
+            return self._kernels.backward(dy, *inputs[:2], self._offsets, configs=configs)
+        x, fc1_weight, _, norm_weight, norm_bias, fc2_weight, _ = inputs
         return self._kernels.backward(
-            self._dy, x, fc1_weight, norm_weight, norm_bias, fc2_weight, self._offsets, None, *self._saved,
-            configs=configs,
-        )  # fmt: skip
+            dy, x, fc1_weight, norm_weight, norm_bias, fc2_weight, self._offsets, None, *saved, configs=configs
+        )
+
+    def calls(self, configs: dict[str, Config]) -> list[Callable[[], object]]:
+        """:meth:`run` on every set."""
+        return [functools.partial(self.run, configs, turn) for turn in range(len(self._sets))]
+
+    def plain_calls(self) -> list[Callable[[], object]]:
+        """The same by plain PyTorch, on every set; the forward before a backward runs here."""
+        return [self._make_plain(inputs, dy, self._dtype) for inputs, dy, _ in self._sets]
 
     def check(self, configs: dict[str, Config]) -> tuple[str, float]:
         """("" or what is wrong with the results, their largest error)."""
@@ -514,18 +647,24 @@ class _Problem:
             largest = max(largest, measured.maximum)
         return "", largest
 
-    def _make_plain(self, dtype: torch.dtype) -> Callable[[], tuple[Tensor, ...]]:
+    def _make_plain(
+        self, inputs: tuple[Tensor, ...], dy: Tensor, dtype: torch.dtype
+    ) -> Callable[[], tuple[Tensor, ...]]:
         """The same outputs or gradients by plain PyTorch in `dtype`; a backward's forward has been run."""
         from . import ops
 
         reference: Callable[..., Tensor] = (
-            ops.multiway_ffn_reference if "ffn" in self._key.op else ops.multiway_linear_reference
+            ops.multiway_ffn_reference if "ffn" in self.key.op else ops.multiway_linear_reference
         )
-        leaves = [tensor.detach().to(dtype).requires_grad_(self._backward) for tensor in self._inputs]
+        leaves = [tensor.detach().to(dtype).requires_grad_(self._backward) for tensor in inputs]
         if not self._backward:
-            return lambda: (reference(*leaves, self._offsets),)
-        out, dy = reference(*leaves, self._offsets), self._dy.to(dtype)
-        return lambda: torch.autograd.grad(out, leaves, dy, retain_graph=True)
+            return lambda: (reference(*leaves, self._host_offsets),)
+        out = reference(*leaves, self._host_offsets)
+        return lambda: torch.autograd.grad(out, leaves, dy.to(dtype), retain_graph=True)
+
+
+def _clones(tensors: Iterable[Tensor]) -> tuple[Tensor, ...]:
+    return tuple(tensor.clone() for tensor in tensors)
 
 
 def _offsets(num_rows: int, num_experts: int) -> list[int]:
@@ -563,6 +702,7 @@ def command(
     dtypes: Sequence[str] = (),
     ops: Sequence[str] = (),
     experts: int = 2,
+    exhaustive: bool = False,
     show: bool = False,
     remove: bool = False,
 ) -> bool:
@@ -571,6 +711,7 @@ def command(
     Args:
         width, hidden: of a model; base and large without them. `hidden` is four times `width` by default.
         rows, dtypes, ops: :func:`tune`'s defaults when empty; dtypes by name.
+        exhaustive: time every valid config.
         show: print what is stored instead. remove: remove this device's entries instead.
 
     Raises:
@@ -610,6 +751,7 @@ def command(
             rows=rows or ROWS,
             dtypes=[_DTYPES[dtype] for dtype in dtypes] or [torch.bfloat16],
             num_experts=experts,
+            exhaustive=exhaustive,
             progress=lambda done, what: bar.update(task, completed=done, description=what),
         )
         bar.update(task, completed=1.0, description="done")

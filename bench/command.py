@@ -80,7 +80,7 @@ def model(
     Raises:
         ValueError: an unknown case, provider or revision, a batch below 1, an option that does not go with ``base``.
     """
-    chosen = select(cases, quick=options.quick, batch=batch)
+    chosen = select(cases, quick=options.quick, batch=batch, gpu=options.place.type == "cuda" and base is None)
     if base is not None:
         return _against(base, chosen, options, alone=not (providers or peers or compiled))
     check_providers(providers)

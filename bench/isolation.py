@@ -53,14 +53,15 @@ def run(module: str, arguments: Sequence[str], given: bytes = b"") -> tuple[str 
         return f"did not finish in {SECONDS} s", (error.stdout or b"").decode(errors="replace")
     output = done.stdout.decode(errors="replace")
     if done.returncode < 0:
-        return f"died with {_signal(-done.returncode)}", output
+        return f"died with {signal_name(-done.returncode)}", output
     if done.returncode:
         lines = done.stderr.decode(errors="replace").strip().splitlines()
         return lines[-1] if lines else f"ended with exit code {done.returncode}", output
     return None, output
 
 
-def _signal(number: int) -> str:
+def signal_name(number: int) -> str:
+    """What a process died of, for a reader."""
     try:
         name = signal.Signals(number).name
     except ValueError:  # one of the real-time signals

@@ -171,11 +171,11 @@ def ours(case: MemoryCase, part: str) -> Memory:
     with _without_data(case.dtype), use_backend("triton"):
         layer = EncoderLayer(config, 0)
         x = torch.empty(layout.num_rows, config.encoder_embed_dim, requires_grad=True)
-        block, offsets = layer.self_attn, layout.expert_offsets
+        block, rows = layer.self_attn, layout.experts(layer.attention_experts)
 
         def attention() -> Tensor:
-            heads = ops.attention(block.project(x, offsets), layout, block.num_heads)
-            return block.out_proj(block.inner_attn_ln(heads, offsets), offsets)
+            heads = ops.attention(block.project(x, rows), layout, block.num_heads)
+            return block.out_proj(block.inner_attn_ln(heads, rows), rows)
 
         if part == "attention":
             return training_step(attention, block.parameters())

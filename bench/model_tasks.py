@@ -24,7 +24,7 @@ class Task:
 
 def tasks() -> dict[str, Task]:
     """By the name that a case gives its task."""
-    peers = [model.INT8, model.COMPILED, *model_peers.PEERS]
+    peers = [model.INT8, model.SDPA, model.COMPILED, *model_peers.PEERS]
     return {
         "forward": Task(model.Setup, model.providers(), peers),
         "training": Task(training.Setup, training.OWN, training.PEERS),

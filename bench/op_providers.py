@@ -26,7 +26,7 @@ from beit3_fast import ops
 from beit3_fast.layout import TokenLayout
 
 from .cases import check_known
-from .op_cases import OpCase
+from .op_cases import EXPERTS, OpCase
 
 EPS = 1e-5
 
@@ -64,13 +64,28 @@ class OpProvider:
 # ---- ours, and the plain PyTorch beside it ----
 
 
-def _by_rows(function: Callable[..., Any]) -> Build:
-    """For ops that take the experts' offsets as their last positional argument."""
+def _bounds(layout: TokenLayout) -> tuple[int, ...]:
+    return layout.experts(EXPERTS).bounds
+
+
+def _host_offsets(layout: TokenLayout) -> Tensor:
+    """For reference PyTorch, which reads them, and would wait for a GPU to say them."""
+    return torch.tensor(_bounds(layout), dtype=torch.int32)
+
+
+def _by_rows(
+    function: Callable[..., Any],
+    offsets: Callable[[TokenLayout], Tensor] = lambda layout: layout.expert_offsets,
+    **known: Callable[[TokenLayout], Any],
+) -> Build:
+    """For ops that take the experts' offsets as their last positional argument, and by keyword what else is known."""
 
     def build(case: OpCase, layout: TokenLayout) -> Compute:
+        given, options = offsets(layout), {name: value(layout) for name, value in known.items()}
+
         def compute(residual: Tensor | None = None, **tensors: Tensor) -> Tensor:
-            options = {} if residual is None else {"residual": residual}
-            return function(*tensors.values(), layout.expert_offsets, **options)
+            fused = {} if residual is None else {"residual": residual}
+            return function(*tensors.values(), given, **fused, **options)
 
         return compute
 
@@ -346,17 +361,17 @@ OURS = OpProvider(
     "beit3_fast",
     {
         "layer_norm": _by_rows(ops.layer_norm),
-        "multiway_linear": _by_rows(ops.multiway_linear),
-        "multiway_ffn": _by_rows(ops.multiway_ffn),
+        "multiway_linear": _by_rows(ops.multiway_linear, bounds=_bounds),
+        "multiway_ffn": _by_rows(ops.multiway_ffn, bounds=_bounds),
         "attention": _by_samples(ops.attention),
     },
 )
 REFERENCE = OpProvider(
     "reference",
     {
-        "layer_norm": _by_rows(ops.layer_norm_reference),
-        "multiway_linear": _by_rows(ops.multiway_linear_reference),
-        "multiway_ffn": _by_rows(ops.multiway_ffn_reference),
+        "layer_norm": _by_rows(ops.layer_norm_reference, _host_offsets),
+        "multiway_linear": _by_rows(ops.multiway_linear_reference, _host_offsets),
+        "multiway_ffn": _by_rows(ops.multiway_ffn_reference, _host_offsets),
         "attention": _by_samples(ops.attention_reference),
     },
 )

@@ -25,6 +25,7 @@ The JSON is an object::
                   in bench model
         parity    "passed", "failed", or null when it did not run
         reason    null, or the bound that was broken, and by which result where there are several
+        host_time null, or why the host's time is in time_ms: on a GPU others' is the device's alone
         time_ms   null, or median, low, high, rounds (every round's time, in order)
         roof      null, or share (of the roof that binds, 1 = reached) and bound ("matrix" or "memory")
         speedup   null, or median, low, high of the per-round ratio provider / ours: above 1 ours is the faster
@@ -100,7 +101,7 @@ def _row(outcome: Outcome, result: OpResult, roofs: Roofs) -> list[Any]:
     speedup = _speedup(outcome.provider, result.timing)
     return [
         *cells,
-        f"{milliseconds(time.median)} ms",
+        f"{milliseconds(time.median)} ms" + (" with the host's" if outcome.host_time else ""),
         f"{100 * share:.2g}% {bound}",
         "" if speedup is None else interval(speedup),
     ]
@@ -167,6 +168,7 @@ def _provider(outcome: Outcome, result: OpResult, roofs: Roofs) -> dict[str, Any
     errors = None if outcome.errors is None else {name: error_document(e) for name, e in outcome.errors.items()}
     return outcome.document() | {
         "errors": errors,
+        "host_time": outcome.host_time,
         "time_ms": time_ms,
         "roof": roof,
         "speedup": speedup,

@@ -8,11 +8,17 @@ a cache, so before every call, untimed, a buffer twice the size of the last cach
 ``SETS`` inputs, so that nothing remembered from one call serves the next. What is timed in the backward is the backward
 alone: the forward that it needs runs before it, untimed.
 
+On a GPU what is timed is a CUDA graph of calls over inputs that together exceed twice the cache (:mod:`.timing`): it
+shows the device's time, where a call's launch takes longer than the call. A provider that cannot be captured, because
+it waits for the device or launches what no graph can hold, is timed call by call like on a CPU, and it is said that its
+time has the host's in it.
+
 Peers are tried in a process of their own first (:mod:`.op_trial`): one that dies there is reported and does not run.
 """
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -27,7 +33,7 @@ from .op_cases import OpCase
 from .op_providers import OURS, REFERENCE, Compute, OpProvider
 from .outcome import Outcome, ProviderError, blaming, judge, time_those_that_passed
 from .roofs import cache_bytes, free_memory
-from .timing import Stopwatch, Timing, wall_clock
+from .timing import Captured, CaptureError, Stopwatch, Timing, cuda_events, rotations, side_stream, wall_clock
 
 SETS = 3
 WARMUP = 2
@@ -39,14 +45,11 @@ class Problem:
     """One set of values for a case: the op's tensors and the gradient of its output, as rows and stacked parameters."""
 
     def __init__(self, case: OpCase, layout: TokenLayout, seed: int) -> None:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator(layout.device).manual_seed(seed)  # millions of values: a GPU draws its own
         self.case = case
         self.layout = layout
-        self.tensors = {
-            name: _draw(name, shape, generator).to(case.dtype).to(layout.device)
-            for name, shape in case.inputs().items()
-        }
-        self.dout = torch.randn(case.output(), generator=generator).to(case.dtype).to(layout.device)
+        self.tensors = {name: _draw(name, shape, generator).to(case.dtype) for name, shape in case.inputs().items()}
+        self.dout = torch.randn(case.output(), generator=generator, device=layout.device).to(case.dtype)
 
     def inputs(self, provider: OpProvider) -> Inputs:
         """The tensors in the provider's form, memory of its own; they take gradients where the case is a backward."""
@@ -89,7 +92,7 @@ class Problem:
 def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     """Random values under which mistakes show: no affine at its default, matrices that keep the size of what they
     multiply, and every seventh token with a mean far from zero."""
-    values = torch.randn(shape, generator=generator)
+    values = torch.randn(shape, generator=generator, device=generator.device)
     if name.endswith("bias"):
         return 0.1 * values
     if name.endswith("weight"):
@@ -102,7 +105,8 @@ def _draw(name: str, shape: tuple[int, ...], generator: torch.Generator) -> Tens
 class Call:
     """One provider's work on a case, again and again over all sets of inputs.
 
-    ``ready()`` does what comes before the part that is timed; calling the object does the timed part.
+    ``ready()`` does what comes before the part that is timed; calling the object does the timed part. Several may be
+    made ready before the first is called.
     """
 
     def __init__(self, provider: OpProvider, compute: Compute, problems: Sequence[Problem]) -> None:
@@ -112,7 +116,7 @@ class Call:
         self._inputs = [problem.inputs(provider) for problem in problems]
         self._gradients = [problem.gradient(provider) for problem in problems]
         self._next = 0
-        self._pending: tuple[int, Tensor | None] | None = None
+        self._pending: deque[tuple[int, Tensor | None]] = deque()
 
     def ready(self) -> None:
         """The next set of inputs; for a backward, the forward.
@@ -125,7 +129,7 @@ class Call:
         if self._problems[index].case.backward:
             with blaming(self.provider.name), torch.enable_grad():
                 out = self._compute(**self._inputs[index])
-        self._pending = index, out
+        self._pending.append((index, out))
 
     def __call__(self) -> tuple[Tensor, ...]:
         """The output, or the gradients of all inputs that take one.
@@ -133,15 +137,26 @@ class Call:
         Raises:
             ProviderError: whatever the provider raised, with its name.
         """
-        if self._pending is None:
+        if not self._pending:
             self.ready()
-        assert self._pending is not None
-        (index, out), self._pending = self._pending, None
+        index, out = self._pending.popleft()
         with blaming(self.provider.name):
             if out is not None:
                 return torch.autograd.grad(out, self._leaves(index), self._gradients[index])
             with torch.no_grad():
                 return (self._compute(**self._inputs[index]),)
+
+    def prepared(self, device: torch.device) -> Callable[[], object]:
+        """What a :func:`cold` stopwatch is to time: the call itself, on a GPU a graph of calls on all sets in turn.
+
+        Raises:
+            CaptureError: the provider waits for the GPU or cannot be captured for another reason.
+            ProviderError: whatever the provider raised, with its name.
+        """
+        if device.type != "cuda":
+            return self
+        self._pending.clear()
+        return Captured([self] * len(self._problems), device, self.ready)
 
     def _leaves(self, index: int) -> list[Tensor]:
         values = [value if isinstance(value, tuple) else (value,) for value in self._inputs[index].values()]
@@ -149,7 +164,8 @@ class Call:
 
     def results(self) -> dict[str, Tensor]:
         """Runs on the first set; the output or the gradients as rows and stacked parameters, by name."""
-        self._next, self._pending = 0, None
+        self._next = 0
+        self._pending.clear()
         computed = list(self())
         problem, inputs = self._problems[0], self._inputs[0]
         if not problem.case.backward:
@@ -193,20 +209,32 @@ def run_case(
 
     Args:
         taking_part: the reference first, since the others are judged by it.
-        stopwatch: how a :class:`Call` is timed, ``ready()`` included; :func:`cold` by default.
+        stopwatch: how a :class:`Call` is timed, ``ready()`` included; by default :func:`cold`, of prepared calls.
     """
+    with side_stream(device):  # a backward can be captured on the stream that its forward ran on
+        return _run_case(case, taking_part, device, rounds, stopwatch, progress)
 
+
+def _run_case(
+    case: OpCase,
+    taking_part: Sequence[OpProvider],
+    device: torch.device,
+    rounds: int,
+    stopwatch: Stopwatch | None,
+    progress: Callable[[str], None],
+) -> OpResult:
     def say(message: str) -> None:
         progress(f"{case.name}: {message}")
 
     those_of_the_op = [provider for provider in taking_part if case.op in provider.builds]
-    needed, free = case.needed_memory(SETS * len(those_of_the_op)), free_memory(device)
+    sets = max(SETS, rotations(case.bytes(), device)) if device.type == "cuda" else SETS
+    needed, free = case.needed_memory(sets * len(those_of_the_op)), free_memory(device)
     if free is not None and needed > free:
         return OpResult(case, [], None, f"it may need {needed / 2**30:.1f} GiB, {free / 2**30:.1f} GiB are free")
 
     say("inputs")
     layout = case.batch.layout(device)
-    problems = [Problem(case, layout, seed) for seed in range(SETS)]
+    problems = [Problem(case, layout, seed) for seed in range(sets)]
     say("the truth in float64")
     truth = problems[0].truth()
 
@@ -214,7 +242,7 @@ def run_case(
     say("whether a peer ends the process")
     ends = op_trial.crashes(case, [p for p in those_of_the_op if missing[p.name] is None], device)
     outcomes: dict[str, Outcome] = {}
-    calls: dict[str, Callable[[], object]] = {}
+    calls: dict[str, Call] = {}
     for provider in those_of_the_op:
         about = Outcome(provider.name, missing=missing[provider.name], failure=ends.get(provider.name))
         outcomes[provider.name] = about
@@ -236,8 +264,17 @@ def run_case(
             calls[provider.name] = call
     del truth
 
+    timed: dict[str, Callable[[], object]] = dict(calls)
+    for name, call in calls.items() if stopwatch is None else ():
+        try:
+            timed[name] = call.prepared(device)
+        except CaptureError as error:
+            outcomes[name] = replace(outcomes[name], host_time=str(error))
+        except ProviderError as error:
+            outcomes[name] = replace(outcomes[name], failure=str(error))
+            del timed[name]
     timing = time_those_that_passed(
-        calls, outcomes, rounds=rounds, warmup=WARMUP, stopwatch=stopwatch or cold(device), say=say
+        timed, outcomes, rounds=rounds, warmup=WARMUP, stopwatch=stopwatch or cold(device), say=say
     )
     return OpResult(case, list(outcomes.values()), timing)
 
@@ -265,19 +302,14 @@ def cold_wall_clock(evict: Callable[[], None]) -> Stopwatch:
 
 
 def cold_cuda_events(evict: Callable[[], None]) -> Stopwatch:
-    """For work on the current CUDA stream. The host does not wait between evicting and the call: it has launched the
-    call by the time the device is through with the buffer, so that its own time is not in the figure."""
+    """For work on the current CUDA stream. What is :class:`Captured` evicts its own operands. Before a call the host
+    does not wait between evicting and the call: it has launched a short one by the time the device is through with the
+    buffer."""
+    clock = cuda_events(evict)
 
     def measure(call: Any) -> float:
-        start = torch.cuda.Event(enable_timing=True)
-        end = torch.cuda.Event(enable_timing=True)
-        call.ready()
-        torch.cuda.synchronize()
-        evict()
-        start.record()
-        call()
-        end.record()
-        end.synchronize()
-        return start.elapsed_time(end) * 1e6  # from milliseconds
+        if not isinstance(call, Captured):
+            call.ready()
+        return clock(call)
 
     return measure

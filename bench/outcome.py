@@ -45,6 +45,7 @@ class Outcome:
         failure: what it raised, or how it ended the process that tried it.
         errors: how far each of its results is from the truth.
         verdict: whether that was near enough to be timed.
+        host_time: why the host's time is in its time, where others' are the device's alone.
     """
 
     provider: str
@@ -54,6 +55,7 @@ class Outcome:
     failure: str | None = None
     errors: Mapping[str, parity.Error] | None = None
     verdict: parity.Verdict | None = None
+    host_time: str | None = None
 
     @property
     def ok(self) -> bool:

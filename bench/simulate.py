@@ -103,7 +103,7 @@ def main_loop(batch: int, target: int, depth: int = WIDTH) -> float:
     totals = []
     for k in (depth, 2 * depth):
         weight = _rows(2, HIDDEN, k)
-        configs = {"forward": default_row_config(target, torch.bfloat16, rows, 2, HIDDEN)}
+        configs = {"forward": default_row_config(target, torch.bfloat16, rows, 2, HIDDEN, k)}
         with simulated(target=target, threads=torch.get_num_threads()) as log:
             multiway_linear.forward(_rows(rows, k), weight, None, offsets, configs=configs)
         stats = log[0][1].to_dict()
@@ -114,7 +114,7 @@ def main_loop(batch: int, target: int, depth: int = WIDTH) -> float:
 def tile_waste(vision: int, text: int, batch: int, arch: int = 80) -> tuple[int, float]:
     """(row tile of the default config, rows that tiles compute over rows there are) for fc1 of base size in bf16."""
     rows = batch * (vision + text)
-    block_m = default_row_config(arch, torch.bfloat16, rows, 2, HIDDEN).block_m
+    block_m = default_row_config(arch, torch.bfloat16, rows, 2, HIDDEN, WIDTH).block_m
     computed = sum(-(-count // block_m) * block_m for count in (batch * vision, batch * text))
     return block_m, computed / rows
 

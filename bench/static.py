@@ -12,6 +12,7 @@ launcher would compile it, and what is in the binary is read back:
                 narrow and few: they keep the share of a GEMM a little below 1
     blocks      that registers, shared memory and warps leave room for on a multiprocessor, and the share of its warps
                 (occupancy) that makes
+    hazards     writes to registers that a wgmma may still read (:mod:`.sass_hazards`); there must be none
 
 ``budget.json`` holds, per architecture, kernel and kind of number, the most registers and shared memory, the matrix
 instructions, and the least share of wide accesses.
@@ -19,6 +20,7 @@ instructions, and the least share of wide accesses.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import multiprocessing
@@ -31,7 +33,7 @@ from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import asdict, dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import triton
@@ -45,12 +47,15 @@ from ..kernels import attention, decode_attention, multiway_ffn, multiway_linear
 from ..kernels.config import SHARED_MEMORY, Config, shared_memory
 from ..kernels.launch import Launch, record
 from .files import replacing
+from .sass_hazards import hazards
 
 SCHEMA = 1
 TRITON = version("triton")
 BUDGET_FILE = Path(__file__).with_name("budget.json")
 ARCHITECTURES = tuple(SHARED_MEMORY)
 """Compute capabilities, 80 for 8.0; 942 is AMD's gfx942."""
+
+Found = TypeVar("Found")
 
 NUMBERS = {
     "bfloat16": (torch.bfloat16, "ieee"),
@@ -63,6 +68,7 @@ NUMBERS = {
 
 ROOM = {80: (64, 32), 86: (48, 16), 89: (48, 24), 90: (64, 32), 100: (64, 32), 120: (48, 24)}
 """Warps and blocks a multiprocessor holds (CUDA C++ Programming Guide, technical specifications)."""
+EMPTY_ATTRIBUTES = tuple(map(int, TRITON.split(".")[:2])) >= (3, 7)
 RESERVED_SHARED = 1024  # of each block, by the system; from sm_90 on the binary counts it as static shared memory
 
 
@@ -291,18 +297,26 @@ def _is_number(value: Any) -> bool:
 
 
 def compiled(build: Build) -> Any:
-    """Triton's compiled kernel; from its disk cache if it is there."""
+    """Triton's compiled kernel; from its disk cache if it is there, where the launcher finds it too."""
+    target = GPUTarget("hip", "gfx942", 64) if build.arch == 942 else GPUTarget("cuda", build.arch, 32)
+    return triton.compile(source(build), target=target, options=dict(build.options))
+
+
+def source(build: Build) -> ASTSource:
+    """What Triton's launcher would compile, to the letter: the cache goes by the text of all this."""
     kernel = getattr(importlib.import_module(build.kernel[0]), build.kernel[1])
-    amd = build.arch == 942
-    target = GPUTarget("hip", "gfx942", 64) if amd else GPUTarget("cuda", build.arch, 32)
-    signature, constants = dict(build.signature), dict(build.constants)
-    attributes = {(position,): [["tt.divisibility", 16]] for position in build.divisible}
-    if amd:  # buffers below 2 GB: 32-bit offsets reach all of them
-        for position, kind in enumerate(signature.values()):
-            if kind.startswith("*"):
-                attributes.setdefault((position,), []).append(["tt.pointer_range", 32])
-    source = ASTSource(kernel, signature, constants, attributes)
-    return triton.compile(source, target=target, options=dict(build.options))
+    constants = dict(build.constants)
+    attributes: dict[tuple[int], list[list[Any]]] = {}
+    for position, (param, (name, kind)) in enumerate(zip(kernel.params, build.signature, strict=True)):
+        if kind == "constexpr":  # has no attributes: an empty list, which Triton 3.6 left out unless it is a text
+            described = EMPTY_ATTRIBUTES or isinstance(constants[name], str)
+        else:
+            described = kind != "fp32" and not param.do_not_specialize
+        if described:
+            attributes[(position,)] = [["tt.divisibility", 16]] * (position in build.divisible)
+            if build.arch == 942 and kind.startswith("*"):  # buffers below 2 GB: 32-bit offsets reach all of them
+                attributes[(position,)].append(["tt.pointer_range", 32])
+    return ASTSource(kernel, dict(build.signature), constants, attributes)
 
 
 # ---- what is in the binary -------------------------------------------------------------------------------------------
@@ -310,7 +324,8 @@ def compiled(build: Build) -> Any:
 
 @dataclass(frozen=True)
 class Measured:
-    """Described above; `blocks` and `occupancy` are None where the limits are not known, `failure` may be a reason."""
+    """Described above; `blocks` and `occupancy` are None where the limits are not known, `failure` may be a reason.
+    `hazards` are in words."""
 
     registers: int = 0
     spills: int = 0
@@ -320,6 +335,7 @@ class Measured:
     blocks: int | None = None
     occupancy: float | None = None
     failure: str | None = None
+    hazards: tuple[str, ...] = ()
 
 
 def measure(build: Build) -> Measured:
@@ -327,8 +343,24 @@ def measure(build: Build) -> Measured:
     try:
         kernel = compiled(build)
     except Exception as error:  # Triton and LLVM raise many kinds
-        return Measured(failure=(str(error).strip().splitlines() or [type(error).__name__])[0])
+        return Measured(failure=_first_line(error))
     return inspect_amd(kernel) if build.arch == 942 else inspect_nvidia(kernel, build.arch)
+
+
+def why_not(build: Build) -> str | None:
+    """Compiles, into Triton's disk cache. Why the build must not run: a compiler's error, a hazard; None if it may."""
+    try:
+        kernel = compiled(build)
+    except Exception as error:  # Triton and LLVM raise many kinds
+        return _first_line(error)
+    if build.arch != 90:  # no other has wgmma
+        return None
+    found = _hazards(_cuobjdump("-sass", kernel.asm["cubin"]))
+    return f"hazard: {found[0]}" if found else None
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def inspect_nvidia(kernel: Any, arch: int) -> Measured:
@@ -351,7 +383,16 @@ def inspect_nvidia(kernel: Any, arch: int) -> Measured:
         _wide(_sass_bytes(opcode) for opcode in opcodes if re.match(r"(LDG|STG|LDGSTS|LD|ST|ATOMG?|REDG?)\b", opcode)),
         blocks,
         blocks * kernel.metadata.num_warps / ROOM[arch][0],
+        hazards=_hazards(assembly),
     )
+
+
+def _hazards(assembly: str) -> tuple[str, ...]:
+    """In words. Code that cannot be followed is one: nobody has seen that it is safe."""
+    try:
+        return tuple(map(str, hazards(assembly)))
+    except ValueError as error:
+        return (str(error),)
 
 
 def inspect_amd(kernel: Any) -> Measured:
@@ -447,16 +488,33 @@ def run(
             f"{len(measured)} of {len(wanted)} compiled, last {build.name} {build.config} for {arch_name(build.arch)}"
         )
 
-    if workers == 1:
-        for build in wanted:
-            note(build, measure(build))
-    else:
-        # "spawn": a fork of a process in which PyTorch has started threads may hang
-        with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
-            futures = {pool.submit(measure, build): build for build in wanted}
-            for future in as_completed(futures):
-                note(futures[future], future.result())
+    with each_in_processes(measure, workers) as measured_each:
+        for build, outcome in measured_each(wanted):
+            note(build, outcome)
     return [Result(build, call, budgeted, measured[build]) for build, (call, budgeted) in wanted.items()]
+
+
+@contextlib.contextmanager
+def each_in_processes(
+    function: Callable[[Build], Found], workers: int
+) -> Iterator[Callable[[Iterable[Build]], Iterator[tuple[Build, Found]]]]:
+    """Gives a function that calls `function` for every build and yields (build, result) as they come.
+
+    Args:
+        workers: processes, which live as long as the block; 1 for this one.
+    """
+    if workers == 1:
+        yield lambda builds: ((build, function(build)) for build in builds)
+        return
+    # "spawn": a fork of a process in which PyTorch has started threads may hang
+    with ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn")) as pool:
+
+        def each(builds: Iterable[Build]) -> Iterator[tuple[Build, Found]]:
+            futures = {pool.submit(function, build): build for build in builds}
+            for future in as_completed(futures):
+                yield futures[future], future.result()
+
+        yield each
 
 
 def cores() -> int:
@@ -505,6 +563,7 @@ class Row:
             min(outcome.wide for outcome in outcomes),
             min(blocks, default=None),
             min(occupancy, default=None),
+            hazards=tuple(hazard for outcome in outcomes for hazard in outcome.hazards),
         )
 
 
@@ -534,6 +593,9 @@ def problems(result: Result, allowed: Budget | None = None) -> list[str]:
     if got.failure is not None:
         return [f"does not compile: {got.failure} ({where})"]
     found = [f"spills {got.spills} bytes ({where})"] if got.spills else []
+    if got.hazards:
+        more = f" and {len(got.hazards) - 1} more" if len(got.hazards) > 1 else ""
+        found.append(f"hazard: {got.hazards[0]}{more} ({where})")
     limit = shared_memory(build.arch)
     if got.shared > limit:
         found.append(f"shared memory {got.shared} above the architecture's {limit} ({where})")
@@ -641,13 +703,13 @@ def broken(shown: Iterable[Row]) -> list[Text]:
 
 
 def unfit(results: Iterable[Result]) -> list[Text]:
-    """For each kernel a line of the configs that spill, do not fit or do not compile, wherever they were met."""
+    """For each kernel a line of the configs that spill, do not fit, do not compile or have hazards, wherever they were
+    met."""
     found: dict[Key, dict[str, str]] = {}
     for result in results:
         build, got = result.build, result.measured
         if problems(result):
-            why = "fails" if got.failure else f"{got.spills} B" if got.spills else f"{got.shared} B of shared memory"
-            found.setdefault(_key(result), {})[build.config] = why
+            found.setdefault(_key(result), {})[build.config] = _why_unfit(got)
     return [
         Text(
             f"{arch_name(arch)} {name} {numbers}: {len(configs)} unfit: "
@@ -655,6 +717,14 @@ def unfit(results: Iterable[Result]) -> list[Text]:
         )
         for (arch, name, numbers), configs in found.items()
     ]
+
+
+def _why_unfit(got: Measured) -> str:
+    if got.failure:
+        return "fails"
+    if got.hazards:
+        return f"{len(got.hazards)} hazards"
+    return f"{got.spills} B" if got.spills else f"{got.shared} B of shared memory"
 
 
 def document(results: Iterable[Result], budget: Mapping[Key, Budget]) -> dict[str, Any]:

@@ -4,14 +4,22 @@ A machine drifts: clocks ramp, neighbours come and go. Timing A a hundred times 
 drift as well. Here every round runs each provider once, close together, in an order that changes from round to round;
 what is reported is the median over rounds of the *ratio within a round*, with an order-statistic interval: exact for
 any distribution, no resampling, no normality.
+
+On a GPU a small call takes less time than the host needs to launch it, and events around it measure the host. There
+calls are captured in a CUDA graph, which the device replays without the host (:class:`Captured`), on operands that take
+turns and together exceed the cache (:func:`rotations`): in a model, too, an op finds its weights in memory.
 """
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import math
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+import warnings
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -23,6 +31,15 @@ Stopwatch = Callable[[Callable[[], object]], float]
 CONFIDENCE = 0.95
 MIN_ROUNDS = 6
 """With fewer rounds not even the interval from the smallest to the largest value covers the median with 95 %."""
+
+GRAPH_NANOSECONDS = 3e5
+"""What one replay should take: the gap between two launches of a graph is about a hundredth of it."""
+MOST_CAPTURED = 1000
+"""Calls in one graph, so that a call that takes no time at all makes no graph without end."""
+MOST_ROTATIONS = 64
+"""Sets of operands. Each has to be filled with values and, in a graph, called at least once."""
+SAMPLES = 11
+"""Times of which :func:`median_time` gives the median."""
 
 
 @dataclass(frozen=True)
@@ -66,18 +83,29 @@ def wall_clock(clock: Callable[[], int] = time.perf_counter_ns) -> Stopwatch:
     return measure
 
 
-def cuda_events() -> Stopwatch:
-    """A stopwatch on the current CUDA stream: the time between an event before the work and one after it."""
+def cuda_events(cover: Callable[[], object] | None = None) -> Stopwatch:
+    """A stopwatch on the current CUDA stream: the time between an event before the work and one after it.
+
+    Work that is :class:`Captured` counts per call, and is replayed once more, untimed, in front of the first event: the
+    host launches what is timed while the device is busy with that.
+
+    Args:
+        cover: untimed work in front of whatever else is timed, to the same end. Without it the device waits for the
+            host, and work that is launched more slowly than it runs shows the host's time.
+    """
 
     def measure(run: Callable[[], object]) -> float:
         start = torch.cuda.Event(enable_timing=True)
         end = torch.cuda.Event(enable_timing=True)
+        before = run if isinstance(run, Captured) else cover
         torch.cuda.synchronize()  # what is still queued belongs to somebody else
+        if before is not None:
+            before()
         start.record()
         run()
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) * 1e6  # from milliseconds
+        return start.elapsed_time(end) * 1e6 / (run.calls if isinstance(run, Captured) else 1)  # from milliseconds
 
     return measure
 
@@ -85,6 +113,191 @@ def cuda_events() -> Stopwatch:
 def stopwatch_for(device: torch.device) -> Stopwatch:
     """CUDA events on a GPU, the host's monotonic clock elsewhere."""
     return cuda_events() if device.type == "cuda" else wall_clock()
+
+
+class CaptureError(RuntimeError):
+    """Work that cannot be captured in a CUDA graph."""
+
+
+class Captured:
+    """Calls in a CUDA graph: the device's time for them and nothing of the host's. Calling it replays the graph once.
+
+    The calls are made in turn, all of them once and then again until a replay takes :data:`GRAPH_NANOSECONDS`. As many
+    results as there are calls are alive at a time, so that results as well as operands are in other memory each time.
+
+    Attributes:
+        calls: how many calls a replay makes.
+    """
+
+    def __init__(
+        self,
+        calls: Sequence[Callable[[], object]],
+        device: torch.device,
+        ready: Callable[[], object] | None = None,
+    ) -> None:
+        """Warms up and captures, on a side stream.
+
+        Args:
+            calls: functions that do the same work, each on operands of its own. They may run the backward of an
+                autograd graph whose forward ran in the same :func:`side_stream`.
+            device: a CUDA device.
+            ready: called once for every call that is made, before the first of them: what a call needs and what is not
+                to be timed, such as the forward before a backward that frees its graph.
+
+        Raises:
+            CaptureError: the calls wait for the device, or do something else that no graph can hold. Waits are looked
+                for in a warm-up in which PyTorch refuses them, since a capture that fails half way may leave the
+                allocator and the random number generator in a state that fails everybody after it.
+            ValueError: no calls.
+        """
+        if not calls:
+            raise ValueError("calls must hold at least one function, got none")
+        self._calls = calls
+        self._ready = ready
+        with torch.cuda.device(device), side_stream(device):
+            for waits in (contextlib.nullcontext, contextlib.nullcontext, _waits_refused):  # the first calls may wait
+                self._get_ready(len(calls))
+                with waits():
+                    self._run(len(calls))
+            self._capture(len(calls))
+            wanted = GRAPH_NANOSECONDS / max(cuda_events()(self), 1.0)
+            repeats = min(math.ceil(wanted / len(calls)), MOST_CAPTURED // len(calls))
+            if repeats > 1:
+                self._capture(repeats * len(calls))
+
+    def __call__(self) -> None:
+        self._graph.replay()
+
+    def _run(self, count: int) -> None:
+        alive: deque[object] = deque(maxlen=len(self._calls))
+        for call in itertools.islice(itertools.cycle(self._calls), count):
+            alive.append(call())
+
+    def _get_ready(self, count: int) -> None:
+        if self._ready is not None:
+            for _ in range(count):
+                self._ready()
+
+    def _capture(self, count: int) -> None:
+        self._get_ready(count)
+        graph = torch.cuda.CUDAGraph()
+        # twice: the end of a capture that broke off raises as well, and says less
+        with _blamed_on_capture(), torch.cuda.graph(graph, stream=torch.cuda.current_stream()), _blamed_on_capture():
+            self._run(count)
+        self._graph, self.calls = graph, count
+
+
+@contextlib.contextmanager
+def _blamed_on_capture() -> Iterator[None]:
+    """What the block raises becomes a :class:`CaptureError`."""
+    try:
+        yield
+    except Exception as error:
+        for known in (error, error.__context__):
+            if isinstance(known, CaptureError):
+                raise known from known.__cause__
+        message = next(iter(str(error).splitlines()), "")
+        raise CaptureError(f"cannot be captured in a CUDA graph: {type(error).__name__}: {message}") from error
+
+
+@contextlib.contextmanager
+def _waits_refused() -> Iterator[None]:
+    """Operations of PyTorch that would wait for the device raise :class:`CaptureError`."""
+    before = torch.cuda.get_sync_debug_mode()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Synchronization debug mode")  # that it does not detect all
+        torch.cuda.set_sync_debug_mode("error")
+    try:
+        with _blamed_on_capture():
+            yield
+    finally:
+        torch.cuda.set_sync_debug_mode(before)
+
+
+@contextlib.contextmanager
+def side_stream(device: torch.device) -> Iterator[None]:
+    """On a GPU, work in the block goes to a stream of its own, unless the current one is no default stream already.
+
+    Nothing can be captured on a default stream, and a backward runs on the stream that its forward ran on: a forward
+    whose backward is to be captured belongs into such a block, and the capture into the same. On a CPU it does nothing.
+    """
+    if device.type != "cuda" or torch.cuda.current_stream(device) != torch.cuda.default_stream(device):
+        yield
+        return
+    outer, side = torch.cuda.current_stream(device), torch.cuda.Stream(device)
+    side.wait_stream(outer)
+    try:
+        with torch.cuda.stream(side):
+            yield
+    finally:
+        outer.wait_stream(side)
+
+
+def in_turn(calls: Sequence[Callable[[], object]]) -> Callable[[], object]:
+    """A function that makes the next of the calls each time, for ever."""
+    turns = itertools.cycle(calls)
+    return lambda: next(turns)()
+
+
+def prepared(calls: Sequence[Callable[[], object]], device: torch.device) -> Callable[[], object]:
+    """What a :func:`stopwatch_for` the device times: :class:`Captured` calls on a CUDA device; elsewhere a function
+    that makes the next of them each time, after all have been made once.
+
+    A call that cannot be captured raises rather than being timed in another way: its figure would have the host's time
+    in it and stand beside others that have not. Who wants that figure nevertheless catches the error and says so beside
+    it: ``median_of(in_turn(calls), device)``.
+
+    Args:
+        calls: functions that do the same work, each on operands of its own; :func:`rotations` says how many keep the
+            operands out of the cache.
+
+    Raises:
+        CaptureError: on a CUDA device, calls that wait for it or that no graph can hold for another reason.
+        ValueError: no calls.
+    """
+    if device.type == "cuda":
+        return Captured(calls, device)
+    if not calls:
+        raise ValueError("calls must hold at least one function, got none")
+    for call in calls:
+        call()
+    return in_turn(calls)
+
+
+def median_of(run: Callable[[], object], device: torch.device) -> float:
+    """Nanoseconds of a :func:`prepared` call, the median of :data:`SAMPLES` times."""
+    stopwatch = stopwatch_for(device)
+    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
+        return statistics.median(stopwatch(run) for _ in range(SAMPLES))
+
+
+def median_time(calls: Sequence[Callable[[], object]], device: torch.device) -> float:
+    """Nanoseconds of one call, the median of :data:`SAMPLES` times of the :func:`prepared` calls.
+
+    Raises:
+        CaptureError: on a CUDA device, calls that wait for it or that no graph can hold for another reason.
+        ValueError: no calls.
+    """
+    return median_of(prepared(calls, device), device)
+
+
+def rotations(bytes_per_call: int, device: torch.device) -> int:
+    """How many sets of operands together exceed twice the last cache, so that each has left it when its turn comes.
+
+    At least 1, at most :data:`MOST_ROTATIONS`: with calls of less than a thirty-second of the cache, part of the
+    operands stays in it. Together they take no more than twice the cache and one set.
+
+    Args:
+        bytes_per_call: of all tensors that a call reads or writes.
+
+    Raises:
+        ValueError: a call without bytes.
+    """
+    from .roofs import cache_bytes  # which imports the stopwatches of this module
+
+    if bytes_per_call < 1:
+        raise ValueError(f"bytes_per_call must be positive, got {bytes_per_call}")
+    return min(2 * cache_bytes(device) // bytes_per_call + 1, MOST_ROTATIONS)
 
 
 def interleave(

@@ -28,7 +28,7 @@ from beit3_fast.models import BEiT3, EncoderConfig, released_gradients
 
 from . import isolation, model, parity, reference
 from .cases import ModelCase
-from .model import BASELINE, FUSED_ADAMW, OURS, Provider, Run
+from .model import BASELINE, FUSED_ADAMW, OURS, SDPA, Provider, Run, with_sdpa
 from .model_peers import PEERS as FORWARD_PEERS
 from .model_peers import public_backbone
 
@@ -53,8 +53,14 @@ Gradients = Callable[[], "dict[str, Tensor]"]
 class Setup(model.Setup):
     """A backbone in training."""
 
-    def __init__(self, case: ModelCase, device: torch.device, config: EncoderConfig | None = None) -> None:
-        super().__init__(case, device, config)
+    def __init__(
+        self,
+        case: ModelCase,
+        device: torch.device,
+        config: EncoderConfig | None = None,
+        weights: dict[str, Tensor] | None = None,
+    ) -> None:
+        super().__init__(case, device, config, weights)
         vision = 0 if case.image_size is None else (case.image_size // self.config.patch_size) ** 2 + 1
         shape = case.batch, vision + (case.text_tokens or 0), self.config.encoder_embed_dim
         gradient = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(device)
@@ -117,13 +123,14 @@ _PUBLIC = next(peer for peer in FORWARD_PEERS if peer.name == "public")
 _PUBLIC_FUSED = replace(_PUBLIC, name=f"{_PUBLIC.name}, fused AdamW")
 STEPS: dict[str, Callable[[Setup], Run]] = {
     BASELINE: partial(_step, make=reference.BEiT3),
+    SDPA.name: partial(_step, make=with_sdpa),
     OURS.name: partial(_step, make=BEiT3),
     FUSED_ADAMW: partial(_step, make=BEiT3, fused=True),
     _PUBLIC.name: partial(_step, make=public_backbone),
     _PUBLIC_FUSED.name: partial(_step, make=public_backbone, fused=True),
 }
 OWN = [Provider(name, STEPS[name]) for name in (BASELINE, OURS.name, FUSED_ADAMW)]
-PEERS = [replace(peer, build=STEPS[peer.name]) for peer in (_PUBLIC, _PUBLIC_FUSED)]
+PEERS = [replace(peer, build=STEPS[peer.name]) for peer in (SDPA, _PUBLIC, _PUBLIC_FUSED)]
 
 
 # ---- memory ----

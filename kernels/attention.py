@@ -44,6 +44,26 @@ def _locate(segments, NUM_HEADS: tl.constexpr):
 
 
 @triton.jit
+def _clear_unused(
+    target, segments, num_rows, NUM_HEADS: tl.constexpr, DIM: tl.constexpr, STRIDE: tl.constexpr, PADDED: tl.constexpr
+):
+    """Zeros in DIM columns of the rows behind the last sample, which nobody owns; the head's programs take turns.
+
+    Where the host knows all lengths there are none. A fill of the whole buffer would write every row twice.
+    """
+    samples = tl.num_programs(0) // NUM_HEADS
+    last = segments + 4 * (samples - 1)
+    used = tl.load(last + 2) + tl.load(last + 3)
+    turn = tl.program_id(0) // NUM_HEADS * tl.num_programs(1) + tl.program_id(1)
+    columns = tl.arange(0, PADDED)
+    for first in range(used + 16 * turn, num_rows, 16 * samples * tl.num_programs(1)):
+        rows = first + tl.arange(0, 16)
+        place = target + rows.to(tl.int64)[:, None] * STRIDE + columns[None, :]  # [16, PADDED]
+        zeros = tl.zeros((16, PADDED), target.dtype.element_ty)
+        tl.store(place, zeros, mask=(rows < num_rows)[:, None] & (columns < DIM)[None, :])
+
+
+@triton.jit
 def _end_of_keys(first, length, vision_len, MASK: tl.constexpr, BLOCK_M: tl.constexpr):
     """No query of the tile that begins at `first` sees a key from here on."""
     end = length
@@ -194,6 +214,8 @@ def _attention_kernel(
     """One head's tile of queries of one sample. Tiles are the slowest index: programs past a sample's end, at most
     the difference to the longest sample, come last and leave at once."""
     head, vision_start, vision_len, text_start, length = _locate(segments, NUM_HEADS)
+    columns: tl.constexpr = NUM_HEADS * DIM
+    _clear_unused(out + head * DIM, segments, num_rows, NUM_HEADS, DIM, columns, 2 * MAIN if REST else MAIN)
     first = tl.program_id(1) * BLOCK_M
     if first >= length:
         return
@@ -246,10 +268,11 @@ def _query_gradient_kernel(
 ):  # fmt: skip
     """dQ of one tile of queries: over the keys it sees."""
     head, vision_start, vision_len, text_start, length = _locate(segments, NUM_HEADS)
+    stride: tl.constexpr = 3 * NUM_HEADS * DIM
+    _clear_unused(dqkv + head * DIM, segments, num_rows, NUM_HEADS, DIM, stride, 2 * MAIN if REST else MAIN)
     first = tl.program_id(1) * BLOCK_M
     if first >= length:
         return
-    stride: tl.constexpr = 3 * NUM_HEADS * DIM
     columns = tl.arange(0, MAIN)
     rest = MAIN + tl.arange(0, REST if REST else 16)
     query = first + tl.arange(0, BLOCK_M)
@@ -303,10 +326,13 @@ def _key_gradient_kernel(
 ):  # fmt: skip
     """dK and dV of one tile of keys: over the queries that see it."""
     head, vision_start, vision_len, text_start, length = _locate(segments, NUM_HEADS)
+    stride: tl.constexpr = 3 * NUM_HEADS * DIM
+    for part in tl.static_range(1, 3):
+        keys_or_values = dqkv + (part * NUM_HEADS + head) * DIM
+        _clear_unused(keys_or_values, segments, num_rows, NUM_HEADS, DIM, stride, 2 * MAIN if REST else MAIN)
     first = tl.program_id(1) * BLOCK_N
     if first >= length:
         return
-    stride: tl.constexpr = 3 * NUM_HEADS * DIM
     columns = tl.arange(0, MAIN)
     rest = MAIN + tl.arange(0, REST if REST else 16)
     key = first + tl.arange(0, BLOCK_N)
@@ -406,7 +432,7 @@ def forward(
 
     Returns:
         out (N, H * d), rows of no sample zeros; and with `save` the natural log-sum-exp of the scores (H, N) in fp32,
-        otherwise an empty tensor.
+        unspecified there, otherwise an empty tensor.
 
     Raises:
         ValueError: a tensor that is not contiguous, a head dimension above 128.
@@ -415,11 +441,13 @@ def forward(
     num_rows, _, num_heads, head_dim = qkv.shape
     if head_dim > MAX_HEAD_DIM:
         raise ValueError(f"qkv must have a head dimension of at most {MAX_HEAD_DIM}, got {head_dim}")
-    out = qkv.new_zeros(num_rows, num_heads * head_dim)
-    lse = qkv.new_zeros((num_heads, num_rows) if save else 0, dtype=torch.float32)
+    out = qkv.new_empty(num_rows, num_heads * head_dim)
+    lse = qkv.new_empty((num_heads, num_rows) if save else 0, dtype=torch.float32)
     main, rest = head_dim_parts(head_dim)
     shape = tiles(qkv.dtype, head_dim, precision)
-    if num_rows and max_length:
+    if max_length == 0 or segments.shape[0] == 0:  # no program would clear the rows
+        out.zero_()
+    elif num_rows:
         launch(
             _attention_kernel,
             (segments.shape[0] * num_heads, triton.cdiv(max_length, shape["BLOCK_M"])),
@@ -465,10 +493,10 @@ def backward(
     """
     check_contiguous(dout=dout, qkv=qkv, out=out, lse=lse, segments=segments)
     num_rows, _, num_heads, head_dim = qkv.shape
-    dqkv = torch.zeros_like(qkv)
+    dqkv = torch.empty_like(qkv)
     main, rest = head_dim_parts(head_dim)
-    if num_rows == 0 or max_length == 0:
-        return dqkv
+    if num_rows == 0 or max_length == 0 or segments.shape[0] == 0:
+        return dqkv.zero_()
     delta = torch.empty_like(lse)
     launch(
         _delta_kernel,

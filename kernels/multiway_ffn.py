@@ -76,7 +76,7 @@ def _fc1_kernel(
     x, weight, bias, norm_weight, expert_offsets, row_index, out, pre, partials, num_rows,
     NUM_EXPERTS: tl.constexpr, DEPTH: tl.constexpr, WIDTH: tl.constexpr, STRIDE_X: tl.constexpr,
     STRIDE_WE: tl.constexpr, STRIDE_WN: tl.constexpr, PRECISION: tl.constexpr, BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr, PARTS: tl.constexpr,
 ):  # fmt: skip
     """out = h or, with norm_weight, h * gain, where h = gelu(x @ weight.T + bias).
 
@@ -95,12 +95,12 @@ def _fc1_kernel(
     acc = product(x_tile, w_tile, column_mask, DEPTH, WIDTH, 1, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
     acc += tl.load(bias + expert * WIDTH + columns, mask=column_mask).to(tl.float32)[None, :]
     if pre is not None:
-        finish_tile(acc, pre, None, None, first, end, num_rows, column_tile, WIDTH, 0, BLOCK_M, BLOCK_N)
+        finish_tile(acc, pre, None, None, first, end, num_rows, column_tile, WIDTH, 0, BLOCK_M, BLOCK_N, PARTS)
     h = gelu(acc)
     hidden = h
     if norm_weight is not None:
         hidden *= tl.load(norm_weight + expert * WIDTH + columns, mask=column_mask).to(tl.float32)[None, :]
-    finish_tile(hidden, out, None, None, first, end, num_rows, column_tile, WIDTH, 0, BLOCK_M, BLOCK_N)
+    finish_tile(hidden, out, None, None, first, end, num_rows, column_tile, WIDTH, 0, BLOCK_M, BLOCK_N, PARTS)
 
     # Deviations from the tile's own mean: a sum of squares would lose the variance of a row whose mean is large. Their
     # sum, which is not quite zero, takes the rounding out of that mean.
@@ -144,6 +144,7 @@ def _fc2_kernel(
     STRIDE_WN: tl.constexpr, STRIDE_RESIDUAL: tl.constexpr, STATISTICS_TILE: tl.constexpr,
     STATISTICS_TILES: tl.constexpr, PADDED_TILES: tl.constexpr, EPS: tl.constexpr, CENTER: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
 ):  # fmt: skip
     """out[row(r)] = residual[row(r)] + branch[r] + d,  branch[r] = rstd * (hidden[r] @ weight.T - mean * c).
 
@@ -155,8 +156,9 @@ def _fc2_kernel(
     if expert == NUM_EXPERTS:  # padding rows become zeros: nobody may meet what was never written
         zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         finish_tile(
-            zeros, out, residual, row_index, first, end, num_rows, column_tile, WIDTH, STRIDE_RESIDUAL, BLOCK_M, BLOCK_N
-        )
+            zeros, out, residual, row_index, first, end, num_rows, column_tile, WIDTH, STRIDE_RESIDUAL, BLOCK_M,
+            BLOCK_N, PARTS,
+        )  # fmt: skip
         return
 
     positions, _, row_mask = tile_rows(first, end, None, num_rows, BLOCK_M)
@@ -174,25 +176,33 @@ def _fc2_kernel(
     h_tile = hidden + positions[:, None] * DEPTH + k[None, :]  # [BM, BK]
     w_tile = weight + expert * STRIDE_WE + columns[None, :] * STRIDE_WN + k[:, None]  # [BK, BN]
     if CENTER:
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        # On tensor cores the rows are the right operand, which goes through shared memory. As the left one they would
+        # stay in registers, and wgmma reads those while the next iteration overwrites them (triton-lang/triton#9433).
+        acc = tl.zeros((BLOCK_M, BLOCK_N) if PRECISION == "ieee" else (BLOCK_N, BLOCK_M), tl.float32)
         for start in range(0, DEPTH, BLOCK_K):
             k_mask = k < DEPTH - start
             gain = tl.load(norm_weight + expert * DEPTH + start + k, mask=k_mask, other=0.0).to(tl.float32)
             a = (tl.load(h_tile, mask=k_mask[None, :], other=0.0) - mean[:, None]) * gain[None, :]
             b = tl.load(w_tile, mask=k_mask[:, None] & column_mask[None, :], other=0.0)
-            acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            if PRECISION == "ieee":
+                acc = tl.dot(a, b, acc, input_precision=PRECISION)
+            else:
+                acc = tl.dot(tl.trans(b), tl.trans(a), acc, input_precision=PRECISION)  # [BN, BM]
             h_tile += BLOCK_K
             w_tile += BLOCK_K
+        if PRECISION != "ieee":
+            acc = tl.trans(acc)
     else:
         acc = product(h_tile, w_tile, column_mask, DEPTH, WIDTH, 1, BLOCK_M, BLOCK_N, BLOCK_K, PRECISION)
         acc -= mean[:, None] * tl.load(folded + expert * WIDTH + columns, mask=column_mask)[None, :]
     acc *= rstd[:, None]
     if branch is not None:
-        finish_tile(acc, branch, None, None, first, end, num_rows, column_tile, WIDTH, 0, BLOCK_M, BLOCK_N)
+        finish_tile(acc, branch, None, None, first, end, num_rows, column_tile, WIDTH, 0, BLOCK_M, BLOCK_N, PARTS)
     acc += tl.load(folded + (NUM_EXPERTS + expert) * WIDTH + columns, mask=column_mask)[None, :]
     finish_tile(
-        acc, out, residual, row_index, first, end, num_rows, column_tile, WIDTH, STRIDE_RESIDUAL, BLOCK_M, BLOCK_N
-    )
+        acc, out, residual, row_index, first, end, num_rows, column_tile, WIDTH, STRIDE_RESIDUAL, BLOCK_M, BLOCK_N,
+        PARTS,
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_rows"])
@@ -323,6 +333,11 @@ def _norm_gradient_kernel(
 # ---- which configs are allowed, and the default ----------------------------------------------------------------------
 
 
+_FC1, _FC2, _DHIDDEN = 25, 8, 40
+"""Instructions that an element takes in the epilogues of fc1 (GELU, gain, statistics), of fc2 (LayerNorm, residual) and
+of the hidden rows' gradient."""
+
+
 def _dhidden_accumulators(arch: int) -> int:
     """Its epilogue holds several tiles: on sm_100, 64 accumulators a thread would spill 8 to 32 bytes."""
     return 32 if arch == 100 else 64
@@ -344,17 +359,15 @@ def default_configs(
     arch: int, dtype: torch.dtype, num_rows: int, num_experts: int, width: int, hidden: int
 ) -> dict[str, Config]:
     """The choice without tuning, one of :func:`valid_configs` for each launch."""
-    wide = default_row_config(arch, dtype, num_rows, num_experts, hidden)
-    narrow = default_row_config(arch, dtype, num_rows, num_experts, width)
+    rows = (arch, dtype, num_rows, num_experts)
+    accumulators = _dhidden_accumulators(arch)
     return {
-        "fc1": wide,
-        "fc2": narrow,
-        "dhidden": default_row_config(
-            arch, dtype, num_rows, num_experts, hidden, accumulators=_dhidden_accumulators(arch)
-        ),
-        "dx": narrow,
-        "dfc1": default_weight_gradient_config(arch, dtype, hidden, width),
-        "dfc2": default_weight_gradient_config(arch, dtype, width, hidden),
+        "fc1": default_row_config(*rows, hidden, width, epilogue=_FC1),
+        "fc2": default_row_config(*rows, width, hidden, epilogue=_FC2),
+        "dhidden": default_row_config(*rows, hidden, width, accumulators=accumulators, epilogue=_DHIDDEN),
+        "dx": default_row_config(*rows, width, hidden),
+        "dfc1": default_weight_gradient_config(arch, dtype, num_rows, hidden, width),
+        "dfc2": default_weight_gradient_config(arch, dtype, num_rows, width, hidden),
     }
 
 
@@ -492,6 +505,7 @@ def forward(
         BLOCK_N=fc1_config.block_n,
         BLOCK_K=fc1_config.block_k,
         GROUP=GROUP_M,
+        PARTS=fc1_config.parts,
         **fc1_config.options(),
     )
     row_tiles = row_tile_capacity(num_rows, num_experts, fc2_config.block_m)
@@ -527,6 +541,7 @@ def forward(
         BLOCK_N=fc2_config.block_n,
         BLOCK_K=fc2_config.block_k,
         GROUP=GROUP_M,
+        PARTS=fc2_config.parts,
         **fc2_config.options(),
     )
     return out, pre, mean, rstd, branch, folded if save else mean.new_empty(0)

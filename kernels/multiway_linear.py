@@ -23,7 +23,7 @@ from .config import (
 from .gelu import gelu as gelu_
 from .gelu import gelu_and_derivative
 from .launch import check_contiguous, check_layout, launch
-from .tiles import locate_tile, row_tile_capacity
+from .tiles import halves, locate_tile, row_tile_capacity
 
 GROUP_M = 8  # row tiles that share a weight tile in L2
 
@@ -75,9 +75,30 @@ def tile_rows(first, end, row_index, num_rows, BLOCK_M: tl.constexpr):
 @triton.jit
 def finish_tile(
     acc, out, residual, row_index, first, end, num_rows, column_tile, WIDTH: tl.constexpr,
+    STRIDE_RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, PARTS: tl.constexpr,
+):  # fmt: skip
+    """out[row(r)] = acc + residual[row(r)]. Addresses are made here: none of them lives through the main loop.
+
+    In two PARTS, a half of the columns after the other, there is room for them beside 128 accumulators a thread.
+    """
+    if PARTS == 1:
+        _finish(
+            acc, out, residual, row_index, first, end, num_rows, column_tile, WIDTH, STRIDE_RESIDUAL, BLOCK_M, BLOCK_N
+        )
+    else:
+        both = halves(acc, BLOCK_M, BLOCK_N)
+        for side in tl.static_range(2):
+            _finish(
+                both[side], out, residual, row_index, first, end, num_rows, 2 * column_tile + side, WIDTH,
+                STRIDE_RESIDUAL, BLOCK_M, BLOCK_N // 2,
+            )  # fmt: skip
+
+
+@triton.jit
+def _finish(
+    acc, out, residual, row_index, first, end, num_rows, column_tile, WIDTH: tl.constexpr,
     STRIDE_RESIDUAL: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """out[row(r)] = acc + residual[row(r)]. Addresses are made here: none of them lives through the main loop."""
     _, rows, row_mask = tile_rows(first, end, row_index, num_rows, BLOCK_M)
     columns = column_tile * BLOCK_N + tl.arange(0, BLOCK_N)
     mask = row_mask[:, None] & (columns < WIDTH)[None, :]
@@ -112,6 +133,7 @@ def _linear_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     GROUP: tl.constexpr,
+    PARTS: tl.constexpr,
 ):
     expert, first, end, column_tile = locate_tile(expert_offsets, num_rows, NUM_EXPERTS, WIDTH, BLOCK_M, BLOCK_N, GROUP)
     if first >= end:
@@ -119,8 +141,9 @@ def _linear_kernel(
     if expert == NUM_EXPERTS:  # padding rows become zeros: nobody may meet what was never written
         zeros = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
         finish_tile(
-            zeros, out, residual, out_index, first, end, num_rows, column_tile, WIDTH, STRIDE_RESIDUAL, BLOCK_M, BLOCK_N
-        )
+            zeros, out, residual, out_index, first, end, num_rows, column_tile, WIDTH, STRIDE_RESIDUAL, BLOCK_M,
+            BLOCK_N, PARTS,
+        )  # fmt: skip
         return
 
     _, x_rows, _ = tile_rows(first, end, x_index, num_rows, BLOCK_M)
@@ -134,12 +157,13 @@ def _linear_kernel(
     if bias is not None:
         acc += tl.load(bias + expert * WIDTH + columns, mask=column_mask).to(tl.float32)[None, :]
     if pre is not None:
-        finish_tile(acc, pre, None, None, first, end, num_rows, column_tile, WIDTH, 0, BLOCK_M, BLOCK_N)
+        finish_tile(acc, pre, None, None, first, end, num_rows, column_tile, WIDTH, 0, BLOCK_M, BLOCK_N, PARTS)
     if GELU:
         acc = gelu_(acc)
     finish_tile(
-        acc, out, residual, out_index, first, end, num_rows, column_tile, WIDTH, STRIDE_RESIDUAL, BLOCK_M, BLOCK_N
-    )
+        acc, out, residual, out_index, first, end, num_rows, column_tile, WIDTH, STRIDE_RESIDUAL, BLOCK_M, BLOCK_N,
+        PARTS,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -247,9 +271,9 @@ def default_configs(
 ) -> dict[str, Config]:
     """The choice without tuning, one of :func:`valid_configs` for each launch."""
     return {
-        "forward": default_row_config(arch, dtype, num_rows, num_experts, out_width),
-        "dx": default_row_config(arch, dtype, num_rows, num_experts, in_width),
-        "dweight": default_weight_gradient_config(arch, dtype, out_width, in_width),
+        "forward": default_row_config(arch, dtype, num_rows, num_experts, out_width, in_width),
+        "dx": default_row_config(arch, dtype, num_rows, num_experts, in_width, out_width),
+        "dweight": default_weight_gradient_config(arch, dtype, num_rows, out_width, in_width),
     }
 
 
@@ -306,6 +330,7 @@ def launch_rows(
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
         GROUP=GROUP_M,
+        PARTS=config.parts,
         **config.options(),
     )
 

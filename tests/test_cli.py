@@ -89,6 +89,9 @@ def test_a_mistake_is_one_line_and_exit_code_2(checkpoint, tmp_path):
         (["bench", "model", "--rounds", "2"], "rounds must be at least 6"),
         (["bench", "model", "--json", tmp_path / "nowhere" / "a.json"], "--json: the folder"),
         (["bench", "model", "--json", tmp_path], "is a folder"),
+        (["bench", "gpu", "--out", tmp_path / "out", "--budget", "1"], "budget must be at least 5 seconds"),
+        (["bench", "gpu", "--out", tmp_path / "out", "--section", "pairty"], "did you mean parity"),
+        (["bench", "gpu-table", tmp_path / "missing.jsonl"], "missing.jsonl"),
     ):
         result = invoke(*arguments)
         assert result.exit_code == 2, result.output

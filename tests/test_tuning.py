@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import json
 import os
 import subprocess
 import sys
 import warnings
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -24,6 +26,7 @@ from beit3_fast.kernels.config import Config
 from beit3_fast.kernels.launch import record
 
 from beit3_fast import ops, tuning
+from beit3_fast._candidates import MOST, Product
 from beit3_fast.cli import main
 from beit3_fast.tuning import Choice, Entry, Key, cache_file, choose, row_bucket, tune
 
@@ -64,7 +67,7 @@ def entry(use_triton=True, configs=None, **key):
 
 def default(op, arch, dtype, num_rows, num_experts, widths):
     kernels = ffn_kernels if "ffn" in op else linear_kernels
-    configs = kernels.default_configs(arch, dtype, num_rows, num_experts, *widths)
+    configs = kernels.default_configs(arch, dtype, row_bucket(num_rows), num_experts, *widths)
     return Choice({role: configs[role] for role in tuning.ROLES[op]}, True)
 
 
@@ -77,11 +80,22 @@ def stored(cache):
 
 @pytest.mark.parametrize(
     ("num_rows", "bucket"),
-    [(0, 16), (1, 16), (16, 16), (17, 32), (32, 32), (33, 64), (1024, 1024), (1025, 2048), (65537, 131072)],
+    [(0, 16), (1, 16), (16, 16), (17, 20), (32, 32), (33, 40), (210, 224), (1024, 1024), (1025, 1280), (65537, 81920)],
 )
 def test_row_buckets(num_rows, bucket):
     assert row_bucket(num_rows) == bucket
     assert row_bucket(bucket) == bucket
+
+
+def test_there_are_few_buckets_and_none_is_far_away():
+    buckets = [row_bucket(num_rows) for num_rows in range(1, 2**15 + 1)]
+    assert buckets == sorted(buckets)
+    assert len(set(buckets)) == 4 * (15 - 4) + 1
+    assert all(rows <= bucket <= max(16, 1.25 * rows) for rows, bucket in enumerate(buckets, start=1))
+
+
+def test_default_rows_are_buckets():
+    assert [row_bucket(num_rows) for num_rows in tuning.ROWS] == list(tuning.ROWS)
 
 
 def test_row_bucket_refuses_a_negative_count():
@@ -117,6 +131,62 @@ def test_a_stored_winner_is_used(op, gpu):
         assert choose(op, GPU, torch.bfloat16, num_rows, 3, (768, 3072)) == winner.choice
 
 
+def chosen(num_rows):
+    """The tuned row bucket whose winner is chosen, None for the default configs."""
+    choice = choose(*FFN[:3], num_rows, *FFN[4:])
+    return next((key.rows for key, entry in tuning.read_entries().items() if entry.choice == choice), None)
+
+
+def store_buckets(*buckets):
+    """Winners that differ from each other and from the defaults."""
+    valid = ffn_kernels.valid_configs(90, torch.bfloat16, 768, 3072)
+    tuning.store([entry(rows=n, configs={role: valid[role][i] for role in FFN_ROLES}) for i, n in enumerate(buckets)])
+
+
+FFN_ROLES = tuning.ROLES["multiway_ffn"]
+
+
+@pytest.mark.parametrize("batch", range(1, 129))
+def test_every_batch_of_images_finds_the_nearest_default_bucket(batch, gpu):
+    """210 tokens each. In ratios: 256 and 2048 are equally far from 724, 8192 and 2048 from 4096."""
+    store_buckets(*tuning.ROWS)
+    rows = row_bucket(210 * batch)
+    expected = next(bucket for bucket, end in zip(tuning.ROWS, (724, 4096, 16384, 2**20), strict=True) if rows <= end)
+    assert chosen(210 * batch) == expected
+    assert 1 / tuning.REACH <= expected / rows <= tuning.REACH
+
+
+def test_no_bucket_reaches_further_than_three_times(gpu):
+    store_buckets(256, 8192)
+    assert [chosen(rows) for rows in (80, 81, 96, 768, 769)] == [None, 256, 256, 256, None]
+    assert [chosen(rows) for rows in (2560, 2730, 3072, 24576, 28672)] == [None, 8192, 8192, 8192, None]
+
+
+def test_of_two_buckets_equally_near_the_smaller(gpu):
+    store_buckets(1024, 4096)
+    assert [chosen(rows) for rows in (1792, 2048, 2560)] == [1024, 1024, 4096]
+
+
+def test_a_bucket_whose_configs_are_no_longer_valid_hides_no_other(gpu):
+    store_buckets(1024, 2048)
+    spoilt = entry(configs={role: dataclasses.replace(entry().choice.configs[role], stages=99) for role in FFN_ROLES})
+    tuning.store([spoilt])
+    assert chosen(2048) == 1024
+
+
+@pytest.mark.parametrize("op", tuning.ROLES)
+def test_ragged_batches_search_no_configs_once_their_bucket_is_known(op, gpu, monkeypatch):
+    kernels = ffn_kernels if "ffn" in op else linear_kernels
+    searches = []
+    for name in ("default_configs", "valid_configs"):
+        search = getattr(kernels, name)
+        monkeypatch.setattr(kernels, name, lambda *args, search=search: searches.append(1) or search(*args))
+    rest = (torch.bfloat16, 2, (768, 3072))
+    choices = {choose(op, GPU, rest[0], num_rows, *rest[1:]).use_triton for num_rows in range(1537, 1793)}
+    assert choices == {True}
+    assert len(searches) == 2, "one look at what is valid, one at the defaults"
+
+
 @pytest.mark.parametrize(
     "other",
     [
@@ -124,8 +194,8 @@ def test_a_stored_winner_is_used(op, gpu):
         {"op": "multiway_linear", "widths": (768, 3072)},
         {"widths": (768, 2304)},
         {"num_experts": 1},
-        {"rows": 1024},
-        {"rows": 4096},
+        {"rows": 640},
+        {"rows": 8192},
         {"dtype": "float16"},
     ],
 )
@@ -365,7 +435,7 @@ def test_what_is_stored_says_how_it_was_found(fake, cache):
         "op": "multiway_linear",
         "widths": [32, 32],
         "num_experts": 2,
-        "rows": 64,
+        "rows": 40,
         "dtype": "float32",
         "configs": {"forward": CONFIGS[0].to_dict()},
         "use_triton": True,
@@ -479,7 +549,7 @@ def test_what_cannot_be_set_up_is_no_end(fake, monkeypatch, cache):
     assert small.entry is None
     assert small.skipped == ("could not be set up: CUDA out of memory",)
     assert large.entry is not None
-    assert {record["rows"] for record in stored(cache)} == {64}
+    assert {record["rows"] for record in stored(cache)} == {40}
 
 
 def test_keys_are_tuned_once_and_progress_rises(fake):
@@ -487,7 +557,7 @@ def test_keys_are_tuned_once_and_progress_rises(fake):
     outcomes = search(
         "multiway_linear",
         timer(fake, lambda configs: 1),
-        rows=[40, 64, 33, 100],
+        rows=[40, 64, 33, 60],
         dtypes=[torch.float32, torch.bfloat16],
         progress=lambda share, what: (shares.append(share), whats.append(what)),
     )
@@ -496,11 +566,14 @@ def test_keys_are_tuned_once_and_progress_rises(fake):
         (dtype, widths, rows)
         for dtype in ("float32", "bfloat16")
         for widths in ((32, 96), (32, 32))
-        for rows in (64, 128)
+        for rows in (40, 64)
     ]
     assert shares == sorted(shares)
     assert (shares[0], shares[-1]) == (0.0, 1.0)
-    assert whats[1] == "multiway_linear 32 x 96, 64 rows, float32: forward 16x64x32 w4 s2"
+    assert whats[:3] == [
+        f"multiway_linear 32 x 96, 40 rows, float32: {what}"
+        for what in ("float64", "compiling forward", "forward 16x64x32 w4 s2")
+    ]
 
 
 @pytest.mark.parametrize(("num_experts", "expected"), [(1, [0, 64]), (2, [0, 47, 64]), (3, [0, 47, 55, 64])])
@@ -529,6 +602,148 @@ def test_bad_arguments(options, message, monkeypatch, cache):
     with pytest.raises(ValueError, match=message):
         tune(**{"device": "cpu", "timer": lambda run: 1.0, **options})
     assert not cache.exists()
+
+
+# ---- what is compiled ahead, and on what operands it is timed --------------------------------------------------------
+
+
+compiles = pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="TRITON_INTERPRET=1: no compiler")
+
+
+class OnAGPU:
+    """A problem whose tensors are meta tensors, and say that they are on a GPU."""
+
+    device = GPU
+    key = Key(NAME, "multiway_ffn", (64, 128), 2, 16, "bfloat16")
+
+    def run(self, configs):
+        def meta(*shape, dtype=torch.bfloat16):
+            return torch.empty(shape, dtype=dtype, device="meta")
+
+        wide, offsets = meta(2, 128), meta(3, dtype=torch.int32)
+        weights = (meta(2, 128, 64), wide, wide, wide, meta(2, 64, 128), meta(2, 64))
+        return ffn_kernels.forward(meta(16, 64), *weights, offsets, configs=configs)
+
+
+def two_tiles():
+    """Configs for a block whose fc1 differs in the width of its tile."""
+    fc1, fc2 = (ffn_kernels.default_configs(90, torch.bfloat16, 16, 2, 64, 128)[role] for role in FFN_ROLES)
+    return [{"fc1": dataclasses.replace(fc1, block_n=n), "fc2": fc2} for n in (64, 128)]
+
+
+@compiles
+def test_launches_are_compiled_once_and_only_what_they_need(gpu):
+    asked = []
+    compiled = tuning._Compiled(lambda builds: [(build, asked.append(build)) for build in builds])
+    first, second = two_tiles()
+    assert compiled.why_not(OnAGPU(), [first, first]) == [None, None]
+    assert [build.name for build in asked] == ["fold", "fc1", "fc2"]
+    assert {build.arch for build in asked} == {90}
+    asked.clear()
+    assert compiled.why_not(OnAGPU(), [first, second]) == [None, None]
+    assert [build.name for build in asked] == ["fc1", "fc2"], "fc2 adds up what the tiles of fc1 left"
+    assert asked[0].config == str(second["fc1"])
+
+
+@compiles
+def test_what_a_build_is_refused_for_holds_for_every_config_that_needs_it(gpu):
+    first, second = two_tiles()
+
+    def each(builds):
+        return [(build, "a hazard" if build.config == str(second["fc1"]) else None) for build in builds]
+
+    assert tuning._Compiled(each).why_not(OnAGPU(), [first, second]) == [None, "a hazard"]
+
+
+def test_nothing_is_compiled_for_what_is_not_on_an_nvidia_gpu(gpu, monkeypatch):
+    compiled = tuning._Compiled(lambda builds: pytest.fail("compiled"))
+    problem = OnAGPU()
+    problem.device = CPU
+    assert compiled.why_not(problem, two_tiles()) == [None, None]
+    monkeypatch.setattr(torch.version, "hip", "6.4")
+    assert compiled.why_not(OnAGPU(), two_tiles()) == [None, None]
+
+
+def test_a_refused_config_is_neither_run_nor_timed(fake, monkeypatch):
+    def why_not(self, problem, tries):
+        return [f"hazard {configs['forward'].stages}" * (configs["forward"].stages < 4) or None for configs in tries]
+
+    monkeypatch.setattr(tuning._Compiled, "why_not", why_not)
+    log = []
+    outcome = search("multiway_linear", timer(fake, lambda configs: 1, log=log))[0]
+    assert outcome.entry.choice.configs == {"forward": CONFIGS[2]}
+    assert outcome.entry.default_ms is None
+    assert outcome.skipped == ("forward 16x64x32 w4 s2: hazard 2", "forward 16x64x32 w4 s3: hazard 3")
+    assert not any(configs and configs["forward"] in CONFIGS[:2] for configs in log)
+
+
+def test_few_configs_are_all_tried_and_many_only_if_asked_for(gpu, monkeypatch):
+    key = Key(NAME, "multiway_ffn_backward", (768, 3072), 2, 2048, "bfloat16")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(multi_processor_count=132))
+    defaults = ffn_kernels.default_configs(90, torch.bfloat16, 2048, 2, 768, 3072)
+    default = {role: defaults[role] for role in tuning.ROLES[key.op]}
+    valid = ffn_kernels.valid_configs(90, torch.bfloat16, 768, 3072)
+    for exhaustive in (False, True):
+        found = tuning._candidates(key, GPU, default, exhaustive)
+        assert list(found) == list(default)
+        for role, configs in found.items():
+            assert configs[0] == default[role]
+            assert len(configs) == len(set(configs))
+            assert set(configs) <= set(valid[role])
+            assert (len(configs) == len(valid[role])) == exhaustive
+            assert exhaustive or len(configs) <= MOST + 1
+
+
+@pytest.mark.parametrize(
+    ("op", "role", "product"),
+    [
+        ("multiway_linear", "forward", Product(((1535, 1), (513, 1)), 3072)),
+        ("multiway_linear_backward", "dx", Product(((1535, 1), (513, 1)), 768)),
+        ("multiway_linear_backward", "dweight", Product(((3072, 1535), (3072, 513)), 768)),
+        ("multiway_ffn", "fc1", Product(((1535, 1), (513, 1)), 3072)),
+        ("multiway_ffn", "fc2", Product(((1535, 1), (513, 1)), 768)),
+        ("multiway_ffn_backward", "dhidden", Product(((1535, 1), (513, 1)), 3072)),
+        ("multiway_ffn_backward", "dx", Product(((1535, 1), (513, 1)), 768)),
+        ("multiway_ffn_backward", "dfc1", Product(((3072, 1535), (3072, 513)), 768)),
+        ("multiway_ffn_backward", "dfc2", Product(((768, 1535), (768, 513)), 3072)),
+    ],
+)
+def test_what_a_role_computes(op, role, product):
+    assert tuning._product(Key(NAME, op, (768, 3072), 2, 2048, "bfloat16"), role) == product
+
+
+@pytest.mark.parametrize("op", tuning.ROLES)
+def test_operands_take_turns_and_no_call_of_pytorch_waits(op, fake, monkeypatch):
+    """On a GPU: here the sets are added as they are made there."""
+    problem = tuning._Problem(Key("cpu", op, (32, 64), 2, 40, "float32"), CPU) if "linear" in op else None
+    if problem is None:
+        monkeypatch.setattr(ffn_kernels, "forward", lambda *inputs, **_: (None, *inputs[:2]))
+        problem = tuning._Problem(Key("cpu", op, (32, 64), 2, 40, "float32"), CPU)
+    inputs, dy, saved = problem._sets[0]
+    other = (tuning._clones(inputs), dy.clone(), tuning._clones(saved))
+    problem._sets.append(other)
+    plain = problem.plain_calls()
+    assert len(problem.calls({})) == len(plain) == 2
+    first, second = ([tensor.clone() for tensor in call()] for call in plain)
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    other[0][0].zero_()
+    other[1].zero_()
+    assert all(torch.equal(a, b) for a, b in zip(first, plain[0](), strict=True)), "each has memory of its own"
+    assert problem._host_offsets.device == CPU
+
+
+def test_a_plain_call_that_cannot_be_captured_is_timed_with_a_word_about_it(fake, monkeypatch):
+    from beit3_fast.bench import timing
+
+    def prepared(calls, device):
+        if isinstance(calls[0], functools.partial):
+            return timing.in_turn(calls)
+        raise timing.CaptureError("cannot be captured in a CUDA graph: it waits")
+
+    monkeypatch.setattr(timing, "prepared", prepared)
+    outcome = search("multiway_linear", timer(fake, lambda configs: 1))[0]
+    assert outcome.entry.pytorch_ms == 9.0
+    assert outcome.skipped == ("PyTorch: timed with the host's time: cannot be captured in a CUDA graph: it waits",)
 
 
 # ---- the search, with the real kernels -------------------------------------------------------------------------------
@@ -624,7 +839,7 @@ def test_options_reach_the_tuner(gpu, monkeypatch):
     monkeypatch.setattr(tuning, "tune", lambda **options: seen.append(options) or [])
     assert invoke().exit_code == 0
     arguments = ["--width", 64, "--rows", 16, "--rows", 99, "--dtype", "float16", "--dtype", "float32"]
-    assert invoke(*arguments, "--op", "multiway_ffn", "--experts", 3).exit_code == 0
+    assert invoke(*arguments, "--op", "multiway_ffn", "--experts", 3, "--all").exit_code == 0
     assert invoke("--width", 64, "--hidden", 100).exit_code == 0
     for options in seen:
         assert options.pop("device") == GPU
@@ -635,6 +850,7 @@ def test_options_reach_the_tuner(gpu, monkeypatch):
         "rows": tuning.ROWS,
         "dtypes": [torch.bfloat16],
         "num_experts": 2,
+        "exhaustive": False,
     }
     assert seen[1] == {
         "ops": ("multiway_ffn",),
@@ -642,6 +858,7 @@ def test_options_reach_the_tuner(gpu, monkeypatch):
         "rows": (16, 99),
         "dtypes": [torch.float16, torch.float32],
         "num_experts": 3,
+        "exhaustive": True,
     }
     assert seen[2]["sizes"] == [(64, 100)]
 

@@ -95,7 +95,7 @@ def test_whoever_hangs_is_stopped(module, monkeypatch):
 
 
 def test_a_signal_without_a_name():
-    assert isolation._signal(signal.SIGRTMIN + 1) == f"signal {signal.SIGRTMIN + 1}"
+    assert isolation.signal_name(signal.SIGRTMIN + 1) == f"signal {signal.SIGRTMIN + 1}"
 
 
 # ---- in bench ops ----

@@ -11,7 +11,7 @@ import beit3_fast.bench.command as command
 import beit3_fast.bench.model as model
 import pytest
 import torch
-from beit3_fast.bench.cases import MODEL_CASES, ModelCase, select
+from beit3_fast.bench.cases import GPU_CASES, MODEL_CASES, QUICK_CASES, ModelCase, select
 from beit3_fast.bench.report import describe
 from beit3_fast.bench.roofs import Roofs
 from oracles import public as oracle
@@ -221,7 +221,7 @@ def test_without_its_reference_nobody_is_judged():
 class TestMemory:
     def test_a_case_that_does_not_fit_is_skipped_with_the_figure(self, monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(model, "free_memory", lambda device: 2**20)
-        monkeypatch.setattr(model, "_weights", lambda *arguments: pytest.fail("weights were made"))
+        monkeypatch.setattr(model, "draw_weights", lambda *arguments: pytest.fail("weights were made"))
         assert command.run(command.model, rounds=6, device="cpu", json_file=tmp_path / "out.json")
         assert "skipped: it may need 0.0 GiB, 0.0 GiB are free" in capsys.readouterr().out
         (result,) = json.loads((tmp_path / "out.json").read_text())["results"]
@@ -378,10 +378,10 @@ def test_cuda_is_refused_without_a_gpu(monkeypatch):
 
 class TestCases:
     def test_names_are_unique(self):
-        assert len({case.name for case in MODEL_CASES}) == len(MODEL_CASES)
+        assert len({case.name for case in (*MODEL_CASES, *GPU_CASES)}) == len(MODEL_CASES) + len(GPU_CASES)
 
     def test_the_padded_cases_have_13_valid_tokens_on_average(self):
-        for case in MODEL_CASES:
+        for case in (*MODEL_CASES, *GPU_CASES):
             if case.text_lengths is not None:
                 assert sum(replace(case, batch=8).lengths()) == 8 * 13
                 assert max(case.lengths()) <= case.text_tokens
@@ -392,6 +392,17 @@ class TestCases:
         assert {case.batch for case in select([], quick=True)} == {2}
         assert {case.batch for case in select([], quick=True, batch=5)} == {5}
         assert select(["base-joint"], batch=11)[0].lengths()[8:] == list(select(["base-joint"])[0].lengths()[:3])
+
+    def test_what_is_sized_for_a_gpu_runs_on_a_cpu_only_if_it_is_named(self):
+        assert select([], gpu=True) == [*MODEL_CASES, *GPU_CASES]
+        assert [case.name for case in select([], quick=True, gpu=True)] == [*QUICK_CASES]
+        assert {(case.name, case.task, case.batch, case.dtype) for case in GPU_CASES} == {
+            ("base-joint-64-bfloat16", "forward", 64, torch.bfloat16),
+            ("base-joint-dense-64-bfloat16", "forward", 64, torch.bfloat16),
+            ("base-training-8-bfloat16", "training", 8, torch.bfloat16),
+            ("base-training-64-bfloat16", "training", 64, torch.bfloat16),
+        }
+        assert [case.name for case in select(["base-training-8-bfloat16"])] == ["base-training-8-bfloat16"]
 
     def test_bad_selection(self):
         with pytest.raises(ValueError, match=r"case 'base-jiont' is unknown; did you mean base-joint"):

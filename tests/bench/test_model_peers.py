@@ -213,14 +213,15 @@ class TestSelection:
     def test_without_peers(self):
         own = ["reference", "reference, autocast", "beit3_fast", "beit3_fast, optimized"]
         assert self.names() == own
-        assert self.names(compiled=True) == [*own, "reference, compiled"]
+        assert self.names(compiled=True) == [*own, "reference, SDPA, compiled"]
         assert self.names("training") == ["reference", "beit3_fast", "beit3_fast, fused AdamW"]
         assert self.names("captioning") == ["public loop", "beit3_fast", "beit3_fast, optimized"]
 
     def test_peers(self):
-        peers = ["beit3_fast, int8", "reference, compiled", "public", "public, autocast", "timm", *ENGINES, "tensorrt"]
+        sdpa = ["reference, SDPA", "reference, SDPA, compiled"]
+        peers = ["beit3_fast, int8", *sdpa, "public", "public, autocast", "timm", *ENGINES, "tensorrt"]
         assert self.names(peers=True) == [*self.names(), *peers]
-        assert self.names("training", peers=True) == [*self.names("training"), "public", "public, fused AdamW"]
+        assert self.names("training", peers=True) == [*self.names("training"), sdpa[0], "public", "public, fused AdamW"]
 
     def test_named_ones_come_with_the_reference_and_ours(self):
         ours = ["reference", "beit3_fast", "beit3_fast, optimized"]
@@ -234,7 +235,7 @@ class TestSelection:
             model_tasks.check_providers(["openvinno"])
         with pytest.raises(ValueError, match="provider 'tensorflow' is unknown"):
             command.run(command.model, device="cpu", providers=["tensorflow"])
-        model_tasks.check_providers([*PEERS, "public loop", "reference, compiled"])
+        model_tasks.check_providers([*PEERS, "public loop", "reference, SDPA, compiled"])
 
 
 def test_the_command_lists_whoever_is_missing(monkeypatch, tmp_path, capsys):

@@ -46,7 +46,7 @@ def outcome(result, name):
 # ---- training ----
 
 OWN = ["reference", "beit3_fast", "beit3_fast, fused AdamW"]
-EVERYBODY = [*OWN, "public", "public, fused AdamW"]
+EVERYBODY = [*OWN, "reference, SDPA", "public", "public, fused AdamW"]
 
 
 def step(*taking_part):

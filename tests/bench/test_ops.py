@@ -8,6 +8,7 @@ import json
 import sys
 import types
 from dataclasses import replace
+from io import StringIO
 
 import beit3_fast.bench.command as command
 import beit3_fast.bench.op_cases as op_cases
@@ -20,8 +21,11 @@ import torch
 import torch.nn.functional as F
 from beit3_fast.bench.op_cases import Batch, OpCase, Shape
 from beit3_fast.bench.op_providers import OURS, PROVIDERS, REFERENCE, OpProvider
-from beit3_fast.bench.op_report import describe
+from beit3_fast.bench.op_report import describe, op_document, op_table
+from beit3_fast.bench.outcome import ProviderError
+from beit3_fast.bench.timing import Captured, CaptureError
 from click.testing import CliRunner
+from rich.console import Console
 
 from beit3_fast.cli import main
 
@@ -448,6 +452,17 @@ def test_the_forward_is_not_in_the_time_of_the_backward():
     assert len(forwards) == 2
 
 
+def test_calls_that_are_made_ready_together_are_made_in_their_order():
+    case = case_of("layer_norm", backward=True)
+    problems = [bench.Problem(case, case.batch.layout(CPU), seed) for seed in range(3)]
+    call = bench.Call(REFERENCE, REFERENCE.builds["layer_norm"](case, problems[0].layout), problems)
+    single = [call() for _ in problems]
+    for _ in problems:
+        call.ready()
+    for alone in single:
+        assert all(torch.equal(a, b) for a, b in zip(alone, call(), strict=True))
+
+
 class FakeCall:
     def __init__(self, log):
         self.log = log
@@ -491,8 +506,104 @@ def test_caches_are_emptied_on_a_gpu_and_events_stand_around_the_work_alone(monk
 
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("wait"))
-    assert bench.cold_cuda_events(lambda: log.append("evict"))(FakeCall(log)) == 2.5e6
+    watch = bench.cold_cuda_events(lambda: log.append("evict"))
+    assert watch(FakeCall(log)) == 2.5e6
     assert log == ["ready", "wait", "evict", "record start", "work", "record end", "wait for end"]
+    log.clear()
+    Event.made = 0
+    captured = object.__new__(Graph)
+    captured.calls, captured.log = 5, log
+    assert watch(captured) == 0.5e6
+    assert log == ["wait", "replay", "record start", "replay", "record end", "wait for end"]
+
+
+class Graph(Captured):
+    """Captures nothing: calls once what it would capture."""
+
+    def __init__(self, calls, device, ready):
+        self.calls = len(calls)
+        self.log = []
+        for _ in calls:
+            ready()
+        self.results = [call() for call in calls]
+
+    def __call__(self):
+        self.log.append("replay")
+
+
+def cuda_like(monkeypatch, case, taking_part, sets=5):
+    """A run as on a GPU, as far as tensors on a CPU let it: (result, what was timed by provider)."""
+    timed = {}
+    prepared = bench.Call.prepared
+
+    def watch(run):
+        assert run in timed.values()
+        return 1.0
+
+    def prepare(self, device):
+        timed[self.provider.name] = self
+        timed[self.provider.name] = prepared(self, torch.device("cuda"))
+        return timed[self.provider.name]
+
+    monkeypatch.setattr(bench.Call, "prepared", prepare)
+    monkeypatch.setattr(bench, "SETS", sets)
+    monkeypatch.setattr(bench, "cold", lambda device: watch)
+    return bench.run_case(case, taking_part, device=CPU, rounds=6), timed
+
+
+@pytest.mark.parametrize("backward", [False, True])
+def test_on_a_gpu_what_is_timed_is_a_graph_of_calls_on_every_set(backward, monkeypatch):
+    monkeypatch.setattr(bench, "Captured", Graph)
+    case = case_of("multiway_linear", backward=backward)
+    result, timed = cuda_like(monkeypatch, case, [REFERENCE, OURS])
+    assert result.ok
+    assert result.timing.rounds == {REFERENCE.name: [1.0] * 6, OURS.name: [1.0] * 6}
+    for graph in timed.values():
+        assert graph.calls == 5
+        assert len(graph.log) == bench.WARMUP
+        assert all(not torch.equal(graph.results[0][0], other[0]) for other in graph.results[1:]), "operands take turns"
+
+
+def test_who_cannot_be_captured_is_timed_with_the_host_and_it_says_so(monkeypatch):
+    class Refusing(Graph):
+        def __init__(self, calls, device, ready):
+            if calls[0].provider is REFERENCE:
+                raise CaptureError("cannot be captured in a CUDA graph: it waits")
+            super().__init__(calls, device, ready)
+
+    monkeypatch.setattr(bench, "Captured", Refusing)
+    result, timed = cuda_like(monkeypatch, case_of("layer_norm"), [REFERENCE, OURS])
+    outcomes = outcomes_of(result)
+    assert outcomes[REFERENCE.name].host_time == "cannot be captured in a CUDA graph: it waits"
+    assert outcomes[OURS.name].host_time is None
+    assert isinstance(timed[REFERENCE.name], bench.Call)
+    assert set(result.timing.rounds) == {REFERENCE.name, OURS.name}
+    printed = StringIO()
+    Console(file=printed, width=200).print(op_table(result, ROOFS))
+    reference, ours = (next(x for x in printed.getvalue().splitlines() if n in x) for n in (REFERENCE.name, OURS.name))
+    assert "ms with the host's" in reference
+    assert "host" not in ours
+    document = op_document([result], ROOFS, {}, {}, complete=True)["results"][0]["providers"]
+    assert [entry["host_time"] for entry in document] == [outcomes[REFERENCE.name].host_time, None]
+
+
+def test_who_raises_while_it_is_captured_did_not_run(monkeypatch):
+    class Failing(Graph):
+        def __init__(self, calls, device, ready):
+            raise ProviderError(calls[0].provider.name, RuntimeError("no such kernel"))
+
+    monkeypatch.setattr(bench, "Captured", Failing)
+    result, _ = cuda_like(monkeypatch, case_of("layer_norm"), [REFERENCE, OURS])
+    assert {outcome.failure for outcome in result.outcomes} == {"RuntimeError: no such kernel"}
+    assert not result.ok
+    assert result.timing is None
+
+
+def test_on_a_cpu_the_call_itself_is_timed():
+    case = case_of("layer_norm")
+    problem = bench.Problem(case, case.batch.layout(CPU), 0)
+    call = bench.Call(REFERENCE, REFERENCE.builds["layer_norm"](case, problem.layout), [problem])
+    assert call.prepared(CPU) is call
 
 
 def test_the_stopwatch_follows_the_device(monkeypatch):
@@ -663,7 +774,9 @@ def test_command_prints_and_keeps_everything(toy_command, tmp_path, capsys):
     providers = {provider["name"]: provider for provider in norm["providers"]}
     assert list(providers) == ["reference", "beit3_fast", "two-stream", "two-stream-compiled", "liger"]
     assert {frozenset(provider) for provider in providers.values()} == {
-        frozenset({"name", "missing", "failure", "errors", "parity", "reason", "time_ms", "roof", "speedup"})
+        frozenset(
+            {"name", "missing", "failure", "errors", "parity", "reason", "host_time", "time_ms", "roof", "speedup"}
+        )
     }
     reference, ours, left_out = providers["reference"], providers["beit3_fast"], providers["two-stream-compiled"]
     assert left_out["missing"] == "left out of a quick run: slow to compile"

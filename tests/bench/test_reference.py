@@ -123,6 +123,46 @@ def test_backbone_gives_the_public_bits_from_the_public_operations(mode, batch, 
 
 
 @pytest.mark.parametrize("mode", MODES)
+def test_the_fused_attention_computes_the_same(mode, batch):
+    explicit = randomised(reference.BEiT3(config()), torch.float64)
+    fused = reference.BEiT3(config(), attention="sdpa").double()
+    fused.load_state_dict(explicit.state_dict(), strict=True)
+    call = inputs(mode, batch, torch.float64)
+    valid = torch.ones(explicit(**call)["encoder_out"].shape[:2], dtype=torch.bool)
+    if "text_padding_position" in call:
+        valid[:, -TEXT:] = call["text_padding_position"] == 0
+    outs = [backbone(**call)["encoder_out"][valid] for backbone in (explicit, fused)]
+    torch.testing.assert_close(outs[1], outs[0], rtol=1e-10, atol=1e-10)
+    gradients = [
+        torch.autograd.grad(out.square().sum(), backbone.encoder.layers[0].self_attn.k_proj.A.weight, allow_unused=True)
+        for out, backbone in zip(outs, (explicit, fused), strict=True)
+    ]
+    if "visual_tokens" in call:
+        torch.testing.assert_close(gradients[1], gradients[0], rtol=1e-9, atol=1e-9)
+
+
+def test_the_fused_attention_has_a_mask_only_where_texts_are_padded(batch, monkeypatch):
+    masks = []
+    sdpa = torch.nn.functional.scaled_dot_product_attention
+    monkeypatch.setattr(
+        torch.nn.functional,
+        "scaled_dot_product_attention",
+        lambda q, k, v, attn_mask=None: masks.append(attn_mask) or sdpa(q, k, v, attn_mask=attn_mask),
+    )
+    backbone = reference.BEiT3(config(), attention="sdpa")
+    backbone(**inputs("joint", batch, torch.float32))
+    assert masks == [None] * 3
+    backbone(**inputs("joint padded", batch, torch.float32))
+    assert torch.equal(masks[-1][:, 0, 0, -TEXT:], batch[2] == 0)
+    assert masks[-1][:, 0, 0, :-TEXT].all()
+
+
+def test_an_unknown_attention_is_refused():
+    with pytest.raises(ValueError, match="attention must be one of 'explicit', 'sdpa', got 'flash'"):
+        reference.BEiT3(config(), attention="flash")
+
+
+@pytest.mark.parametrize("mode", MODES)
 def test_backbone_under_autocast(mode, batch):
     public = randomised(oracle.BEiT3(config()), torch.float32).eval()
     ours = reference.BEiT3(config()).eval()

@@ -17,7 +17,7 @@ from beit3_fast.bench.static import Budget, Build, Measured, Result
 from beit3_fast.kernels.launch import Launch
 from click.testing import CliRunner
 from triton.backends.compiler import GPUTarget
-from triton.compiler import make_backend
+from triton.compiler import ASTSource, make_backend
 
 from beit3_fast.cli import main
 
@@ -37,6 +37,18 @@ def _square_kernel(matrix, out, BLOCK: tl.constexpr, PRECISION: tl.constexpr):
     tile = index[:, None] * BLOCK + index[None, :]
     a = tl.load(matrix + tile)
     tl.store(out + tile, tl.dot(a, a, input_precision=PRECISION))
+
+
+@triton.jit
+def _scaled_product_kernel(x, y, scale, out, DEPTH: tl.constexpr, STAGES: tl.constexpr, BLOCK: tl.constexpr):
+    """(x * scale) @ y.T: the left factor is made in registers."""
+    index, k = tl.arange(0, BLOCK), tl.arange(0, 32)
+    acc = tl.zeros((BLOCK, BLOCK), tl.float32)
+    for start in tl.range(0, DEPTH, 32, num_stages=STAGES):
+        a = tl.load(x + index[:, None] * DEPTH + start + k[None, :]) * tl.load(scale + start + k)[None, :]
+        b = tl.load(y + index[None, :] * DEPTH + start + k[:, None])
+        acc = tl.dot(a, b, acc, input_precision="tf32")
+    tl.store(out + index[:, None] * BLOCK + index[None, :], acc)
 
 
 def meta(*shape, dtype=torch.float32):
@@ -63,15 +75,15 @@ def result_of(build):
 
 
 def tritons_own(launch):
-    """(signature, constants, attributes) as Triton's launcher makes them. Not a public interface: it may move."""
+    """(options, source) as Triton's launcher compiles them. Not a public interface: it may move."""
     from triton.runtime.jit import create_function_from_signature
 
     kernel, backend = launch.kernel, make_backend(GPUTarget("cuda", 80, 32))
     binder = create_function_from_signature(kernel.signature, kernel.params, backend)
-    options = {"debug": False, **launch.options}
+    options = {"debug": False, "instrumentation_mode": "", **launch.options}
     bound, specialization, _ = binder(*launch.args, **options)
-    _, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, None)
-    return signature, {kernel.params[path[0]].name: value for path, value in constants.items()}, attributes
+    found, signature, constants, attributes = kernel._pack_args(backend, options, bound, specialization, None)
+    return found, ASTSource(kernel, signature, constants, attributes)
 
 
 LAUNCHES = [
@@ -90,12 +102,14 @@ LAUNCHES = [
 @pytest.mark.parametrize("launch", LAUNCHES, ids=lambda launch: launch.kernel.fn.__name__)
 def test_specialisation_is_tritons(launch):
     build = static.build_of(launch, "", 80)
-    signature, constants, attributes = tritons_own(launch)
-    assert dict(build.signature) == signature
-    assert dict(build.constants) == constants
-    assert {(position,): [["tt.divisibility", 16]] for position in build.divisible} == {
-        path: entries for path, entries in attributes.items() if entries
-    }
+    options, own = tritons_own(launch)
+    made = static.source(build)
+    assert made.signature == own.signature
+    assert made.constants == own.constants
+    assert made.attrs == own.attrs
+    # what was compiled ahead of a launch is what the launch finds in the disk cache
+    assert made.hash() == own.hash()
+    assert make_backend(GPUTarget("cuda", 80, 32)).parse_options(dict(build.options)).hash() == options.hash()
 
 
 def test_a_slice_that_begins_off_a_multiple_of_16_bytes_is_no_aligned_pointer():
@@ -232,6 +246,36 @@ def test_blocks_per_multiprocessor(arch, registers, shared, warps, blocks):
     assert static.blocks_per_multiprocessor(arch, registers, shared, warps) == blocks
 
 
+def scaled_product(stages):
+    arguments = (meta(64, 256), meta(64, 256), meta(256), meta(64, 64))
+    options = {"DEPTH": 256, "STAGES": stages, "BLOCK": 64, "num_warps": 4}
+    return static.build_of(Launch(_scaled_product_kernel, (1,), arguments, options), "tf32", 90)
+
+
+def test_a_pipelined_product_of_registers_is_a_hazard():
+    """triton-lang/triton#9433, which Triton 3.6 to 3.8 have; without a pipeline every product is waited for."""
+    pipelined, waiting = result_of(scaled_product(3)), result_of(scaled_product(1))
+    assert pipelined.measured.tensor == waiting.measured.tensor == "HGMMA"
+    assert waiting.measured.hazards == ()
+    assert static.why_not(waiting.build) is None
+    if tuple(map(int, static.TRITON.split(".")[:2])) > (3, 8):
+        pytest.skip(f"whether triton {static.TRITON} has the fault is not known")
+    assert pipelined.measured.hazards
+    assert static.why_not(pipelined.build).startswith(f"hazard: {pipelined.measured.hazards[0]}")
+    (problem,) = static.problems(pipelined)
+    assert problem.startswith("hazard: ")
+    (line,) = static.unfit([pipelined])
+    assert f"({len(pipelined.measured.hazards)} hazards)" in line.plain
+
+
+def test_why_a_build_must_not_run():
+    build = static.build_of(copy(), "float32", 80)
+    assert static.why_not(build) is None
+    broken = replace(build, constants=tuple((name, 3 if name == "BLOCK" else value) for name, value in build.constants))
+    assert static.why_not(broken) == static.measure(broken).failure
+    assert static.why_not(broken)
+
+
 def spilling():
     """A GEMM that must do with 32 registers."""
     build = static.build_of(static.launches(static.LINEAR, "bfloat16", 80)[0], "bfloat16", 80)
@@ -276,6 +320,8 @@ ALLOWED = Budget(104, 4096, "HMMA", 0.95)
         ({"tensor": "HGMMA+HMMA"}, "tensor-core instructions HGMMA+HMMA, not HMMA (64 w4 in a call)"),
         ({"wide": 0.94}, "128-bit share 0.940 below 0.95 (64 w4 in a call)"),
         ({"spills": 8}, "spills 8 bytes (64 w4 in a call)"),
+        ({"hazards": ("a writes to b",)}, "hazard: a writes to b (64 w4 in a call)"),
+        ({"hazards": ("a writes to b", "c", "d")}, "hazard: a writes to b and 2 more (64 w4 in a call)"),
     ],
 )
 def test_each_figure_is_held_to_the_budget(change, message):

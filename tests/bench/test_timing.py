@@ -1,18 +1,29 @@
 from __future__ import annotations
 
+import contextlib
 import random
 import statistics
 
 import pytest
 import torch
+from beit3_fast.bench import roofs
 from beit3_fast.bench.timing import (
+    GRAPH_NANOSECONDS,
     MIN_ROUNDS,
+    MOST_CAPTURED,
+    MOST_ROTATIONS,
+    Captured,
+    CaptureError,
     Timing,
     confidence_of_each,
     cuda_events,
+    in_turn,
     interleave,
     median_interval,
+    median_time,
+    rotations,
     rounds_needed,
+    side_stream,
     stopwatch_for,
     wall_clock,
 )
@@ -163,27 +174,290 @@ def test_the_real_clock():
     assert all(1e3 < nanoseconds < 1e9 for nanoseconds in timing.rounds["a"])
 
 
-def test_cuda_events_enclose_the_work(monkeypatch):
-    log = []
+# ---- on a GPU --------------------------------------------------------------------------------------------------------
 
-    class Event:
-        def __init__(self, enable_timing):
-            assert enable_timing
+GPU = torch.device("cuda")
+LAUNCH = 10_000
+"""Nanoseconds the host of the pretended GPU takes to launch a call or a graph."""
 
-        def record(self):
-            log.append("record")
 
-        def synchronize(self):
-            log.append("wait for event")
+class Nanoseconds(int):
+    """Of an event, which gives milliseconds: without the rounding."""
 
-        def elapsed_time(self, end):
-            assert isinstance(end, Event)
-            return 2.5
+    def __mul__(self, factor):
+        assert factor == 1e6
+        return int(self)
 
-    monkeypatch.setattr(torch.cuda, "Event", Event)
-    monkeypatch.setattr(torch.cuda, "synchronize", lambda: log.append("drain"))
-    assert cuda_events()(lambda: log.append("work")) == 2.5e6
-    assert log == ["drain", "record", "work", "record", "wait for event"]
+
+class Stream:
+    def __init__(self, device=None):
+        self.done = 0  # when the device is through with what was put on it
+
+    def wait_stream(self, other):
+        self.done = max(self.done, other.done)
+
+
+class PretendedGPU:
+    """``torch.cuda`` with a host and a device whose clocks advance by what is run; ``log`` tells what happened."""
+
+    def __init__(self, monkeypatch):
+        self.host = 0
+        self.launch = LAUNCH
+        self.log = []
+        self.default = self.current = Stream()
+        self.graph = None  # what is being captured
+        self.refuses_waits = "default"
+        gpu = self
+
+        class Event:
+            def __init__(self, enable_timing):
+                assert enable_timing
+
+            def record(self):
+                self.at = max(gpu.host, gpu.current.done)
+                gpu.log.append("record")
+
+            def synchronize(self):
+                gpu.host = max(gpu.host, self.at)
+                gpu.log.append("wait for event")
+
+            def elapsed_time(self, end):
+                return Nanoseconds(end.at - self.at)
+
+        class CUDAGraph:
+            def __init__(self):
+                self.costs = []
+
+            def replay(self):
+                gpu.log.append(f"replay {len(self.costs)}")
+                gpu.put(sum(self.costs))
+
+        @contextlib.contextmanager
+        def graph(graph, stream):
+            assert stream is gpu.current is not gpu.default, "what is on a default stream cannot be captured"
+            gpu.graph = graph
+            gpu.log.append("capture")
+            try:
+                yield
+            except Exception:
+                raise RuntimeError("operation failed due to a previous error during capture")  # noqa: B904
+            finally:
+                gpu.graph = None
+
+        @contextlib.contextmanager
+        def stream(stream):
+            before, gpu.current = gpu.current, stream
+            try:
+                yield
+            finally:
+                gpu.current = before
+
+        cuda = {
+            "Event": Event,
+            "CUDAGraph": CUDAGraph,
+            "graph": graph,
+            "stream": stream,
+            "Stream": Stream,
+            "device": lambda device: contextlib.nullcontext(),
+            "current_stream": lambda device=None: gpu.current,
+            "default_stream": lambda device=None: gpu.default,
+            "synchronize": gpu.drain,
+            "get_sync_debug_mode": lambda: gpu.refuses_waits,
+            "set_sync_debug_mode": lambda mode: setattr(gpu, "refuses_waits", mode),
+        }
+        for name, value in cuda.items():
+            monkeypatch.setattr(torch.cuda, name, value)
+
+    def put(self, cost):
+        self.host += self.launch
+        self.current.done = max(self.host, self.current.done) + cost
+
+    def drain(self):
+        self.host = max(self.host, self.current.done)
+        self.log.append("drain")
+
+    def call(self, name, cost, waits=False, captures=True):
+        """A function that keeps the device busy for so many nanoseconds."""
+
+        def run():
+            self.log.append(name)
+            if waits and self.refuses_waits == "error":
+                raise RuntimeError("called a synchronizing CUDA operation\nand more")
+            if self.graph is None:
+                self.put(cost)
+            elif captures:
+                self.graph.costs.append(cost)
+            else:
+                raise RuntimeError("operation not permitted when stream is capturing")
+            return name
+
+        return run
+
+
+@pytest.fixture
+def gpu(monkeypatch):
+    return PretendedGPU(monkeypatch)
+
+
+def test_cuda_events_enclose_the_work(gpu):
+    assert cuda_events()(gpu.call("work", 40_000)) == 40_000 + LAUNCH, "the device waited for the host"
+    assert gpu.log == ["drain", "record", "work", "record", "wait for event"]
+
+
+def test_covered_work_is_launched_in_time(gpu):
+    watch = cuda_events(gpu.call("cover", 100_000))
+    assert watch(gpu.call("work", 4_000)) == 4_000
+    assert gpu.log == ["drain", "cover", "record", "work", "record", "wait for event"]
+
+
+def test_calls_are_warmed_up_and_captured_in_turn(gpu):
+    calls = [gpu.call(name, 2 * GRAPH_NANOSECONDS) for name in "ab"]
+    captured = Captured(calls, GPU)
+    assert captured.calls == 2
+    assert gpu.log[:9] == [*"ababab", "capture", "a", "b"]
+    assert gpu.log.count("capture") == 1, "it is long enough as it is"
+    assert gpu.refuses_waits == "default"
+
+
+def test_short_calls_are_repeated_until_the_graph_is_long_enough(gpu):
+    """5 us of work behind 10 us of launching: the device's time is found, and no launch is in it."""
+    calls = [gpu.call(name, 5_000) for name in "abc"]
+    assert median_time(calls, GPU) == 5_000
+    last = len(gpu.log) - gpu.log[::-1].index("capture")
+    graph = gpu.log[last : gpu.log.index("drain", last)]
+    assert "".join(graph) == "abc" * 20, "300 us"
+    replays = [entry for entry in gpu.log[last:] if entry.startswith("replay")]
+    assert len(replays) >= 10
+    assert set(replays) == {"replay 60"}
+    assert cuda_events()(calls[0]) == 5_000 + LAUNCH, "without the graph they would show the host"
+
+
+def test_calls_of_no_length_make_no_graph_without_end(gpu):
+    gpu.launch = 0
+    assert Captured([gpu.call("a", 0)] * 3, GPU).calls == MOST_CAPTURED // 3 * 3
+
+
+def test_results_stay_alive_until_all_others_have_been_made(gpu):
+    """Otherwise each would be written to the memory of the one before, which is in the cache."""
+    alive, most = [], []
+
+    class Result:
+        def __init__(self):
+            alive.append(id(self))
+            most.append(len(alive))
+
+        def __del__(self):
+            alive.remove(id(self))
+
+    def call(name):
+        run = gpu.call(name, 10_000)
+        return lambda: (run(), Result())[1]
+
+    Captured([call(name) for name in "abc"], GPU)
+    assert max(most) == 4, "three, and the one just made"
+    assert not alive
+
+
+def test_what_comes_before_a_call_is_not_captured(gpu):
+    pending = []
+
+    def ready():
+        assert gpu.graph is None
+        pending.append(gpu.call("forward", 1_000)())
+
+    def backward(name):
+        call = gpu.call(name, 100_000)
+        return lambda: (pending.pop(0), call())
+
+    captured = Captured([backward("a"), backward("b")], GPU, ready)
+    assert captured.calls == 4
+    assert pending == []
+    last = len(gpu.log) - gpu.log[::-1].index("capture")
+    assert gpu.log[last - 5 : last] == [*["forward"] * 4, "capture"]
+    assert cuda_events()(captured) == 100_000
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [({"waits": True}, "called a synchronizing CUDA operation"), ({"captures": False}, "operation not permitted")],
+)
+def test_what_cannot_be_captured_is_said(gpu, kind, message):
+    calls = [gpu.call("a", 1_000), gpu.call("b", 1_000, **kind)]
+    with pytest.raises(CaptureError, match=f"^cannot be captured in a CUDA graph: RuntimeError: {message}"):
+        median_time(calls, GPU)
+    assert ("capture" in gpu.log) == ("captures" in kind), "who waits breaks no capture off"
+    assert gpu.refuses_waits == "default"
+    assert gpu.current is gpu.default
+
+
+def test_a_mistake_is_not_taken_for_something_that_cannot_be_captured(gpu):
+    def call():
+        raise TypeError("a mistake")
+
+    with pytest.raises(TypeError, match="a mistake"):
+        median_time([call], GPU)
+
+
+def test_captured_work_in_rounds(gpu):
+    """Each is timed per call, though their graphs hold different numbers of calls."""
+    providers = {
+        "long": Captured([gpu.call("long", 400_000)], GPU),
+        "short": Captured([gpu.call("short", 2_000)] * 2, GPU),
+        "not captured": gpu.call("host", 4_000),
+    }
+    timing = interleave(providers, rounds=6, stopwatch=stopwatch_for(GPU))
+    assert set(timing.rounds["long"]) == {400_000}
+    assert set(timing.rounds["short"]) == {2_000}
+    assert set(timing.rounds["not captured"]) == {4_000 + LAUNCH}
+
+
+def test_a_side_stream_is_made_once(gpu):
+    with side_stream(GPU):
+        outer = gpu.current
+        assert outer is not gpu.default
+        gpu.put(50_000)
+        with side_stream(GPU):
+            assert gpu.current is outer
+        assert gpu.current is outer
+    assert gpu.current is gpu.default
+    assert gpu.default.done == outer.done > 0, "what follows comes after it"
+
+
+def test_elsewhere_the_wall_clock(monkeypatch):
+    seen = []
+    nanoseconds = median_time([lambda: seen.append("a"), lambda: seen.append("b")], torch.device("cpu"))
+    assert 0 < nanoseconds < 1e8
+    assert "".join(seen[:6]) == "ababab"
+    with side_stream(torch.device("cpu")):
+        pass
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_no_calls(gpu, device):
+    with pytest.raises(ValueError, match="calls must hold at least one function, got none"):
+        median_time([], torch.device(device))
+    with pytest.raises(ValueError, match="calls must hold at least one function, got none"):
+        Captured([], torch.device(device))
+
+
+def test_in_turn():
+    run = in_turn([lambda: "a", lambda: "b"])
+    assert [run() for _ in range(3)] == ["a", "b", "a"]
+
+
+@pytest.mark.parametrize(
+    ("bytes_per_call", "sets"),
+    [(1, MOST_ROTATIONS), (2**20, 64), (3 * 2**20, 34), (2**25, 4), (2**26 - 1, 2), (100 * 2**20, 2), (2**30, 1)],
+)
+def test_operands_that_take_turns_exceed_twice_the_cache(bytes_per_call, sets, monkeypatch):
+    monkeypatch.setattr(roofs, "cache_bytes", lambda device: 50 * 2**20)
+    assert rotations(bytes_per_call, GPU) == sets
+    assert sets == MOST_ROTATIONS or (sets - 1) * bytes_per_call <= 100 * 2**20 < sets * bytes_per_call
+
+
+def test_a_call_without_bytes():
+    with pytest.raises(ValueError, match="bytes_per_call must be positive, got 0"):
+        rotations(0, torch.device("cpu"))
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
@@ -191,3 +465,26 @@ def test_cuda_events_on_a_gpu():
     x = torch.randn(2048, 2048, device="cuda")
     nanoseconds = stopwatch_for(torch.device("cuda"))(lambda: x @ x)
     assert 1e4 < nanoseconds < 1e9
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+class TestGraphsOnAGPU:
+    def test_a_small_call_takes_less_than_its_launch(self):
+        x = torch.randn(64, 64, device="cuda")
+        assert 500 < median_time([lambda: x + 1], GPU) < 5_000
+
+    def test_a_backward_alone(self):
+        with side_stream(GPU):
+            x = torch.randn(1024, 1024, device="cuda", requires_grad=True)
+            out = x @ x
+            nanoseconds = median_time(
+                [lambda: torch.autograd.grad(out, x, torch.ones_like(out), retain_graph=True)], GPU
+            )
+        assert 1e4 < nanoseconds < 1e7
+
+    def test_after_a_call_that_waits_everything_works(self):
+        x = torch.randn(1024, device="cuda")
+        with pytest.raises(CaptureError, match="synchronizing"):
+            median_time([x.tolist], GPU)
+        assert torch.randn(4, device="cuda").isfinite().all()
+        assert median_time([lambda: x + 1], GPU) > 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from torch import Tensor
 from torch.library import opcheck
 
 from beit3_fast.ops import fold_norm, multiway_ffn, multiway_ffn_reference
+from beit3_fast.tuning import Choice
 
 from .conftest import DTYPES, EXAMPLES
 from .guards import GuardedAllocations
@@ -145,6 +147,19 @@ def test_input_rows_far_from_zero(launches: Any, dtype: torch.dtype) -> None:
 def test_as_sm_90_code(launches: Any, dtype: torch.dtype) -> None:
     partition = Partition((150, 66), padding=3)
     inputs = make_inputs(partition, 64, 256, dtype, norm_dtype=torch.float32, residual_dtype=torch.float32)
+    log = check(launches, partition, inputs, permutation(partition, torch.int32), target=90)
+    assert any("wgmma" in form for _, stats in log for form in stats.mma)
+
+
+@pytest.mark.simulated_only
+def test_tiles_of_batch_64_on_sm_90(launches: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 accumulators a thread: what fc1 and fc2 compute is written in two halves."""
+    configs = kernels.default_configs(90, torch.bfloat16, 13440, 2, 768, 3072)
+    assert configs["fc1"].parts == configs["fc2"].parts == 2
+    module = import_module("beit3_fast.ops.multiway_ffn")  # the package has a function of this name
+    monkeypatch.setattr(module, "choose", lambda *_: Choice(configs, use_triton=True))
+    partition = Partition((150, 66), padding=3)
+    inputs = make_inputs(partition, 64, 256, torch.bfloat16, norm_dtype=torch.float32, residual_dtype=torch.float32)
     log = check(launches, partition, inputs, permutation(partition, torch.int32), target=90)
     assert any("wgmma" in form for _, stats in log for form in stats.mma)
 

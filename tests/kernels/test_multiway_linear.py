@@ -161,11 +161,15 @@ def test_tf32(launches: Any, target: int) -> None:
 
 
 @pytest.mark.simulated_only
+@pytest.mark.parametrize("rows", [None, 13440], ids=["its own tiles", "tiles of batch 64"])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-def test_as_sm_90_code(launches: Any, dtype: torch.dtype) -> None:
+def test_as_sm_90_code(launches: Any, dtype: torch.dtype, rows: int | None) -> None:
+    """With the tiles that suit this size, and with those of batch 64, whose outputs are written in two halves."""
     partition = Partition((150, 66), padding=3)
     inputs = make_inputs(partition, 64, 128, dtype, residual_dtype=torch.float32)
-    arch = kernels.default_configs(90, dtype, partition.num_rows, 2, 64, 128)
+    sizes = (partition.num_rows, 2, 64, 128) if rows is None else (rows, 2, 768, 2304)
+    arch = kernels.default_configs(90, dtype, *sizes)
+    assert rows is None or arch["forward"].parts == arch["dx"].parts == 2
     row_index = permutation(partition, torch.int32)
     truth = evaluate(plain(partition, "gelu", row_index), in_double(inputs))
     yardstick = evaluate(plain(partition, "gelu", row_index), inputs, truth.cotangents)
