@@ -11,7 +11,7 @@ FOLDER = Path(__file__).resolve().parent
 ABSENT = ("torchscale", "fairscale", "beit3", "torchvision", "PIL", "jsonschema", "pybind11", "ptxsim", "xdist", "cv2")
 
 
-def test_they_are_collected_without_the_public_code() -> None:
+def test_they_are_collected_without_the_public_code(tmp_path: Path) -> None:
     script = (
         "import sys\n"
         f"sys.modules |= dict.fromkeys({ABSENT!r})\n"
@@ -25,7 +25,5 @@ def test_they_are_collected_without_the_public_code() -> None:
     for variable in ("PYTEST_ADDOPTS", "PYTEST_XDIST_WORKER"):
         environment.pop(variable, None)
     command = [sys.executable, "-c", script]
-    result = subprocess.run(
-        command, cwd=FOLDER.parents[1], env=environment, capture_output=True, text=True, check=False
-    )
+    result = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert result.returncode == 0, result.stdout + result.stderr

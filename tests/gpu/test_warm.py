@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 
 from . import warm
@@ -24,8 +20,7 @@ def test_shares_are_complete_and_even() -> None:
 @pytest.mark.skipif(REAL, reason="a rehearsal: on a GPU all of it has run before the first test")
 def test_a_process_does_its_share() -> None:
     """The last of a hundred shares: nothing, so what fails is how the process is started."""
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    subprocess.run([sys.executable, "-m", "gpu.warm", "99", "100"], env=environment, check=True)
+    assert warm.start(99, 100).wait() == 0
 
 
 @pytest.mark.skipif(REAL, reason="a rehearsal: on a GPU all of it has run before the first test")

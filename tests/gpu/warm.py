@@ -11,11 +11,15 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
+import traceback
 from collections.abc import Callable
 from functools import partial
 
+import torch
+
 from .cases import CASES, Case
-from .machine import BF16, FP16, FP32, TF32
+from .machine import BF16, FP16, FP32, REAL, TF32
 from .models import Way, batch_of, model_of, values_and_gradients
 
 SECONDS = {"ffn": 24, "qkv": 9, "out": 9, "linear": 9, "attention": 4, "layer_norm": 0}
@@ -24,9 +28,13 @@ WAYS = (Way(FP32), Way(BF16, autocast=True), Way(BF16), Way(FP16), Way(TF32))
 
 
 def main(index: int, count: int) -> None:
-    """Does the share `index` of `count`."""
+    """Does the share `index` of `count`. What fails, and be it for want of memory, the tests will tell."""
+    torch.set_num_threads(1)
     for work in shares(count)[index]:
-        work()
+        try:
+            work()
+        except Exception:
+            traceback.print_exc(limit=-3)
 
 
 def shares(count: int) -> list[list[Callable[[], None]]]:
@@ -46,15 +54,17 @@ def shares(count: int) -> list[list[Callable[[], None]]]:
 
 
 def everything() -> None:
-    """All shares, each in a process of its own. One that fails is no error here: the tests will tell."""
+    """All shares, each in a process of its own."""
     processes = len(os.sched_getaffinity(0))
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
-    running = [
-        subprocess.Popen([sys.executable, "-m", "gpu.warm", str(index), str(processes)], env=environment)
-        for index in range(processes)
-    ]
-    for process in running:
+    for process in [start(index, processes) for index in range(processes)]:
         process.wait()
+
+
+def start(index: int, count: int) -> subprocess.Popen[bytes]:
+    """A process for one share. It finds modules where this one does: not first of all in the folder it is started in."""
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+    command = [sys.executable, "-m", "gpu.warm", str(index), str(count)]
+    return subprocess.Popen(command, env=environment, cwd=tempfile.gettempdir())
 
 
 def _launch(cases: list[Case]) -> None:
@@ -62,6 +72,7 @@ def _launch(cases: list[Case]) -> None:
         with case.precision.set():
             inputs = case.inputs()
             case.run(inputs, case.cotangents(inputs))
+        _give_back()
 
 
 def _train(way: Way) -> None:
@@ -70,6 +81,13 @@ def _train(way: Way) -> None:
     model = model_of(BEiT3ForVisualQuestionAnswering, num_classes=7).to(way.model_dtype)
     with way.running():
         values_and_gradients(model, batch_of(way.model_dtype))
+    _give_back()
+
+
+def _give_back() -> None:
+    """All processes share the GPU's memory."""
+    if REAL:
+        torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
