@@ -61,7 +61,7 @@ def everything() -> None:
 
 
 def start(index: int, count: int) -> subprocess.Popen[bytes]:
-    """A process for one share. It finds modules where this one does: not first of all in the folder it is started in."""
+    """A process for one share. It finds modules where this one does, and none in the folder that it is started in."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     command = [sys.executable, "-m", "gpu.warm", str(index), str(count)]
     return subprocess.Popen(command, env=environment, cwd=tempfile.gettempdir())
