@@ -28,7 +28,7 @@ class Layouts(NamedTuple):
 
 
 # Triton 3.6 puts the transposed operands of backward kernels into shared memory with bank conflicts (3.8: none).
-OF_THIS_TRITON = Layouts(0.92, 1.35, 4.3) if (triton_version() or ()) < (3, 8) else Layouts(0.95, 1.05, 1.05)
+OF_THIS_TRITON = Layouts(0.92, 1.6, 4.7) if (triton_version() or ()) < (3, 8) else Layouts(0.95, 1.05, 1.05)
 
 
 @interpreted
