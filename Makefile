@@ -91,7 +91,7 @@ gpu-report: ## on a machine with a GPU and PyTorch, nothing installed: everythin
 	mkdir -p build/site/beit3_fast
 	ln -sfn $(CURDIR)/beit3_fast/* $(CURDIR)/kernels $(CURDIR)/bench build/site/beit3_fast/
 	cd build/site && PYTHONPATH=$(CURDIR)/build/site$${PYTHONPATH:+:$$PYTHONPATH} \
-		$(PYTHON) -m beit3_fast.bench.gpu --out $(abspath $(OUT)) --budget $(BUDGET) $(if $(DRY),--dry-run)
+		$(if $(findstring /,$(PYTHON)),$(abspath $(PYTHON)),$(PYTHON)) -m beit3_fast.bench.gpu --out $(abspath $(OUT)) --budget $(BUDGET) $(if $(DRY),--dry-run)
 
 budget: $(VENV)/.test ## the GPU kernels of every architecture: registers, spills and the like against their budgets
 	$(BIN)/beit3-fast bench static

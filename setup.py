@@ -22,6 +22,7 @@ Environment:
 from __future__ import annotations
 
 import functools
+import hashlib
 import importlib.metadata
 import importlib.util
 import json
@@ -163,6 +164,20 @@ def max_jobs() -> int:
     return max(1, min(cores, memory // MEMORY_PER_JOB))
 
 
+def native_sources() -> list[Path]:
+    return [ROOT / "CMakeLists.txt", *sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())]
+
+
+def fingerprint() -> str:
+    """Of everything that the libraries follow from but torch: they fit every one that is new enough."""
+    nvcc = find_nvcc() if skipped()["cuda"] is None else None
+    settings = [skipped(), find_compiler(), nvcc, nvcc and cuda_architectures(nvcc), build_type()]
+    digest = hashlib.sha256(json.dumps(settings).encode())
+    for path in native_sources():
+        digest.update(str(path.relative_to(ROOT)).encode() + b"\0" + path.read_bytes())
+    return digest.hexdigest()
+
+
 class BuildNative(Command):
     """Compile csrc/ into beit3_fast/lib/, and write down what was built."""
 
@@ -184,6 +199,9 @@ class BuildNative(Command):
         for part, reason in skipped().items():
             if reason is not None:
                 print(f"beit3_fast: the {part} library is skipped: {reason}", flush=True)
+        if self.is_current():
+            print("beit3_fast: nothing has changed since the libraries were compiled: they are kept", flush=True)
+            return
         work = ROOT / "build" / "cmake"
         record = {part: {"built": reason is None, "reason": reason} for part, reason in skipped().items()}
         if skipped()["cpu"] is None:
@@ -197,6 +215,23 @@ class BuildNative(Command):
         temporary = self.folder / "build.json.tmp"
         temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
         os.replace(temporary, self.folder / "build.json")
+        if self.editable_mode:
+            self.stamp.write_text(fingerprint(), encoding="utf-8")
+
+    @property
+    def stamp(self) -> Path:
+        return self.folder / "fingerprint"
+
+    def is_current(self) -> bool:
+        """Whether a checkout holds what would be compiled: another environment that uses it, with another torch, need
+        not compile it again."""
+        built = [part for part, reason in skipped().items() if reason is None]
+        return (
+            self.editable_mode
+            and self.stamp.is_file()
+            and all((self.folder / f"libbeit3_fast_{part}.so").is_file() for part in built)
+            and self.stamp.read_text(encoding="utf-8") == fingerprint()
+        )
 
     def compile(self, work: Path) -> dict[str, str]:
         """Compile in the folder `work`; returns for each library what it was built with."""
@@ -241,8 +276,7 @@ class BuildNative(Command):
         return {}
 
     def get_source_files(self) -> list[str]:
-        sources = [path for path in (ROOT / "csrc").rglob("*") if path.is_file()]
-        return [str(path.relative_to(ROOT)) for path in [ROOT / "CMakeLists.txt", *sources]]
+        return [str(path.relative_to(ROOT)) for path in native_sources()]
 
 
 class Build(build):

@@ -12,6 +12,7 @@ model would build once for all its layers, are made beforehand. These peers exis
 
 from __future__ import annotations
 
+import inspect
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -26,7 +27,7 @@ from beit3_fast import ops
 from beit3_fast.layout import TokenLayout
 
 from .cases import check_known
-from .op_cases import EXPERTS, OpCase
+from .op_cases import OpCase
 
 EPS = 1e-5
 
@@ -65,7 +66,7 @@ class OpProvider:
 
 
 def _bounds(layout: TokenLayout) -> tuple[int, ...]:
-    return layout.experts(EXPERTS).bounds
+    return 0, layout.num_vision_rows, layout.num_rows
 
 
 def _host_offsets(layout: TokenLayout) -> Tensor:
@@ -78,10 +79,12 @@ def _by_rows(
     offsets: Callable[[TokenLayout], Tensor] = lambda layout: layout.expert_offsets,
     **known: Callable[[TokenLayout], Any],
 ) -> Build:
-    """For ops that take the experts' offsets as their last positional argument, and by keyword what else is known."""
+    """For ops that take the experts' offsets as their last positional argument, and by keyword what else is known, if
+    they ask for it: those of an older revision (``--base``) may not."""
+    asked = inspect.signature(function).parameters
 
     def build(case: OpCase, layout: TokenLayout) -> Compute:
-        given, options = offsets(layout), {name: value(layout) for name, value in known.items()}
+        given, options = offsets(layout), {name: value(layout) for name, value in known.items() if name in asked}
 
         def compute(residual: Tensor | None = None, **tensors: Tensor) -> Tensor:
             fused = {} if residual is None else {"residual": residual}

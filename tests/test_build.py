@@ -207,6 +207,32 @@ def test_a_setting_out_of_range_is_an_error(tree: Path, environment: dict[str, s
 
 
 @pytest.mark.slow
+def test_an_editable_install_keeps_libraries_that_are_current(tmp_path: Path) -> None:
+    """Every other build begins with an empty folder."""
+    tree = copy_tree(tmp_path / "tree")
+    mark = tree / "beit3_fast" / "lib" / "mark"
+
+    def is_kept(**environment: str) -> bool:
+        settings = {"BEIT3_FAST_CPP": "0"} | environment
+        result = run(tree, "setup.py", "-q", "editable_wheel", "--dist-dir", str(tmp_path / "dist"), **settings)
+        assert result.returncode == 0, result.stderr
+        kept = mark.exists()
+        mark.touch()
+        return kept
+
+    assert not is_kept()
+    assert is_kept()
+    assert not is_kept(CMAKE_BUILD_TYPE="Debug")
+    assert is_kept(CMAKE_BUILD_TYPE="Debug")
+    with open(tree / "csrc" / "tensors.h", "a") as header:
+        header.write("// another line\n")
+    assert not is_kept(CMAKE_BUILD_TYPE="Debug")
+    build_wheel(tree, tmp_path / "wheel", BEIT3_FAST_CPP="0", CMAKE_BUILD_TYPE="Debug")
+    with zipfile.ZipFile(next((tmp_path / "wheel").glob("*.whl"))) as archive:
+        assert not [name for name in archive.namelist() if name.endswith(("mark", "fingerprint"))]
+
+
+@pytest.mark.slow
 @needs_compiler
 def test_code_that_does_not_compile_fails_the_build(tmp_path: Path) -> None:
     """Only a missing compiler falls back to the pure package."""

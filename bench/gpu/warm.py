@@ -23,7 +23,7 @@ from .preparation import cores
 from .sections import parity, roles
 from .setting import REAL, TINY, Setting
 
-MEMORY_A_PROCESS = 3 * 10**9
+MEMORY_A_PROCESS = 4 * 10**9
 """Of the GPU: a context, and the largest case."""
 
 
@@ -77,8 +77,9 @@ def main() -> int:
 
 
 def _everybody(setting: Setting, options: list[str]) -> int:
-    """Starts the processes, each with its share; 1 if one of them died."""
-    count = 1 if setting.dry else min(cores(), max(1, torch.cuda.mem_get_info()[0] // MEMORY_A_PROCESS))
+    """Starts the processes, each with its share; 1 if one of them died. Half of the cores, and of the memory: the tests
+    and the compiler run beside them."""
+    count = 1 if setting.dry else max(1, min(cores(), torch.cuda.mem_get_info()[0] // MEMORY_A_PROCESS) // 2)
     command = [sys.executable, "-m", __spec__.name, *options]
     processes = [subprocess.Popen([*command, "--share", str(index), str(count)]) for index in range(count)]
     ends = [process.wait() for process in processes]

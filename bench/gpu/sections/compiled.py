@@ -13,6 +13,7 @@ import sys
 import time
 import traceback
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -32,6 +33,9 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "default": {"dynamic": False},
     "reduce-overhead": {"dynamic": False, "mode": "reduce-overhead"},
 }
+
+AT_A_TIME = 6
+"""Processes: a training step of a large batch takes 10 GB of the GPU, and the tests run beside them."""
 
 
 @dataclass(frozen=True)
@@ -125,9 +129,12 @@ def _first_call(call: Callable[[], object], figure: Figure) -> None:
 def _everybody(count: int) -> int:
     command = [sys.executable, "-m", __spec__.name, *sys.argv[1:]]
     environment = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # there are processes enough
-    processes = [subprocess.Popen([*command, "--figure", str(index)], env=environment) for index in range(count)]
-    ends = [process.wait() for process in processes]  # all of them
-    return int(any(ends))
+
+    def one(index: int) -> int:
+        return subprocess.run([*command, "--figure", str(index)], env=environment).returncode
+
+    with ThreadPoolExecutor(AT_A_TIME) as pool:
+        return int(any(list(pool.map(one, range(count)))))
 
 
 if __name__ == "__main__":
