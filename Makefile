@@ -31,7 +31,8 @@ test: $(VENV)/.test ## build, and run every test; PYTEST_ARGS="-k name" selects
 
 # The oldest torch that is promised is 2.10. 2.11 stands for it in tests: both come with Triton 3.6.0, so the kernels are
 # compiled alike, and 2.11 is of CUDA 13 as the current torch is, where 2.10 would have all of CUDA 12 downloaded. That
-# csrc/ needs nothing newer than 2.10 is what `headers` checks.
+# csrc/ needs nothing newer than 2.10 is what `headers` checks. Libraries that were built with another torch are kept: that
+# they load is promised too, and that they compile there is what tests/test_build.py sees.
 OLDEST_VENV := .venv-oldest
 OLDEST := VENV=$(OLDEST_VENV) TORCH="torch==2.11.0 triton==3.6.0 torchvision==0.26.0"
 OLDEST_TESTS := tests/kernels tests/ops tests/models
