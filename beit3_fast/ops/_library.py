@@ -14,7 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
+from ..backend import current_backend
 from ._triton import on_device, serves
 
 _LIBRARY = torch.library.Library("beit3_fast", "DEF")
@@ -68,6 +70,25 @@ def differentiate(op: torch._ops.OpOverload, setup: Callable[..., None], backwar
         setup(ctx, inputs, output)
 
     torch.library.register_autograd(op.name(), backward, setup_context=setup_context, lib=_LIBRARY)
+
+
+def by_reference() -> bool:
+    """Whether an op runs its reference: the backend asks for it, or a forward-mode derivative is being taken, which the
+    kernels do not have and would silently drop."""
+    return current_backend() == "reference" or forward_ad._current_level >= 0
+
+
+def gradients_to_differentiate(
+    function: Callable[..., Tensor], inputs: Sequence[Tensor | None], needed: Sequence[bool], dy: Tensor
+) -> list[Tensor | None]:
+    """Gradients of ``function(*inputs)`` that can be differentiated again, None where none is needed.
+
+    For a backward with ``create_graph=True``: what a kernel returns has no graph, and a second derivative through it
+    would silently be wrong. `function` is plain PyTorch, and computes the forward once more.
+    """
+    leaves = [value for value, need in zip(inputs, needed, strict=True) if need]
+    found = iter(torch.autograd.grad(function(*inputs), leaves, dy, create_graph=True, allow_unused=True))
+    return [next(found) if need else None for need in needed]
 
 
 def autocast(op: torch._ops.OpOverload, arguments: Sequence[str]) -> None:

@@ -9,10 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import current_backend
 from ..layout import TokenLayout
 from . import _library
-from ._library import wide
+from ._library import by_reference, wide
 from ._triton import precision
 
 MASKS = ("full", "captioning", "causal")
@@ -84,7 +83,7 @@ def attention(
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
     scale = qkv.shape[-1] ** -0.5 if scale is None else float(scale)
-    if current_backend() == "reference":
+    if by_reference():
         return attention_reference(qkv, layout, num_heads, mask=mask, scale=scale)
     save = torch.is_grad_enabled() and qkv.requires_grad
     return _attention(qkv, layout.segments, forbidden, name, scale, layout.width, save)[0]
@@ -289,7 +288,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 7
-    dqkv = _attention_backward(dout, *ctx.saved_tensors, ctx.mask, ctx.scale, ctx.max_length)
+    qkv, _, _, layout_segments, forbidden = ctx.saved_tensors
+    options = ctx.mask, ctx.scale, ctx.max_length
+    if torch.is_grad_enabled():
+        (dqkv,) = _library.gradients_to_differentiate(
+            lambda rows: _plain_forward(rows, layout_segments, forbidden, *options, True)[0], (qkv,), (True,), dout
+        )
+    else:
+        dqkv = _attention_backward(dout, *ctx.saved_tensors, *options)
     return (dqkv, *(None,) * 6)
 
 

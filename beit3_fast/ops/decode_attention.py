@@ -7,10 +7,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import current_backend
 from ..layout import TokenLayout
 from . import _library
-from ._library import check_tensors, wide
+from ._library import by_reference, check_tensors, wide
 from ._triton import precision
 from .attention import gather_samples, rows_of_positions
 
@@ -81,7 +80,7 @@ def decode_attention(
     if scale is not None and not isinstance(scale, (int, float)):
         raise TypeError(f"scale must be a number, got {type(scale).__name__}")
     scale = heads[1] ** -0.5 if scale is None else float(scale)
-    if current_backend() == "reference":
+    if by_reference():
         return decode_attention_reference(qkv, prefix, layout, words, history, length, scale=scale)
     return _decode_attention(qkv, prefix, layout.segments, words, history, length, scale, layout.width)
 

@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import current_backend
 from . import _library
 from ._library import (
+    by_reference,
     check_eps,
     check_offsets,
     check_parameter,
@@ -59,7 +59,7 @@ def layer_norm(
     check_parameter("bias", bias, (num_experts, x.shape[1]), x)
     check_offsets(expert_offsets, num_experts, x)
     check_residual(residual, tuple(x.shape), x)
-    if current_backend() == "reference":
+    if by_reference():
         return layer_norm_reference(x, weight, bias, expert_offsets, residual=residual, eps=eps)
     normed, total, _, _ = _layer_norm(x, residual, weight, bias, expert_offsets, eps)
     return normed if residual is None else (normed, total)
@@ -165,7 +165,7 @@ _layer_norm_backward = _library.define(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, residual, weight, bias, expert_offsets, _ = inputs
+    x, residual, weight, bias, expert_offsets, ctx.eps = inputs
     _, total, mean, rstd = output
     ctx.save_for_backward(x if residual is None else total, weight, expert_offsets, mean, rstd)
     ctx.dtypes = x.dtype, None if residual is None else residual.dtype, bias.dtype
@@ -175,7 +175,16 @@ def _backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Any) -> tu
     total, weight, expert_offsets, mean, rstd = ctx.saved_tensors
     x_dtype, residual_dtype, bias_dtype = ctx.dtypes
     dweight = dbias = None
-    if dy is not None:
+    if dy is not None and torch.is_grad_enabled():
+        bias = torch.zeros_like(weight, dtype=bias_dtype).requires_grad_()  # its value changes no gradient
+        through_norm, dweight, dbias = _library.gradients_to_differentiate(
+            lambda *inputs: _forward(inputs[0], None, *inputs[1:], expert_offsets, ctx.eps)[0],
+            (total, weight, bias),
+            (total.requires_grad, weight.requires_grad, True),
+            dy,
+        )
+        dtotal = through_norm if dtotal is None or through_norm is None else dtotal + through_norm
+    elif dy is not None:
         # the gradient of total itself is added where that through the norm is made
         dresidual = None if residual_dtype is None else dtotal
         dtotal, dweight, dbias = _layer_norm_backward(dy, total, weight, expert_offsets, mean, rstd, dresidual)

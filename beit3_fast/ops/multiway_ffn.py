@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import current_backend
 from ..tuning import choose
 from . import _library
 from ._library import (
+    by_reference,
     check_bounds,
     check_eps,
     check_offsets,
@@ -85,7 +85,7 @@ def multiway_ffn(
         if folded.dtype != torch.float32:
             raise ValueError(f"folded must be fp32, got {folded.dtype}")
     parameters = (fc1_weight, fc1_bias, norm_weight, norm_bias, fc2_weight, fc2_bias)
-    if current_backend() == "reference":
+    if by_reference():
         return multiway_ffn_reference(x, *parameters, expert_offsets, residual=residual, row_index=row_index, eps=eps)
     save = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *parameters))
     folded = None if save else folded
@@ -345,19 +345,29 @@ _multiway_ffn_backward = _library.define(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, fc1_weight, _, norm_weight, norm_bias, fc2_weight, _, expert_offsets, residual, row_index, eps, *_ = inputs
-    ctx.save_for_backward(x, fc1_weight, norm_weight, norm_bias, fc2_weight, expert_offsets, row_index, *output[1:])
+    *differentiated, expert_offsets, residual, row_index, eps, _, _, _ = inputs
+    ctx.save_for_backward(*differentiated, expert_offsets, row_index, *output[1:])
     ctx.eps, ctx.residual_dtype, ctx.bounds = eps, None if residual is None else residual.dtype, inputs[-1]
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 14
-    saved = ctx.saved_tensors
+    inputs, (expert_offsets, row_index, *computed_forward) = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+    x, fc1_weight, _, norm_weight, norm_bias, fc2_weight, _ = inputs
     needs_x, needs_parameters = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:7])
-    grads: tuple[Tensor | None, ...] = (None,) * 7
-    if needs_x or needs_parameters:
-        computed = _multiway_ffn_backward(dy.to(saved[0].dtype), *saved, ctx.eps, needs_x, needs_parameters, ctx.bounds)
+    grads: Sequence[Tensor | None] = (None,) * 7
+    if torch.is_grad_enabled():
+        grads = _library.gradients_to_differentiate(
+            lambda *again: multiway_ffn_reference(*again, expert_offsets, row_index=row_index, eps=ctx.eps),
+            inputs,
+            ctx.needs_input_grad[:7],
+            dy.to(x.dtype),
+        )
+    elif needs_x or needs_parameters:
+        tensors = (x, fc1_weight, norm_weight, norm_bias, fc2_weight, expert_offsets, row_index, *computed_forward)
+        options = (ctx.eps, needs_x, needs_parameters, ctx.bounds)
+        computed = _multiway_ffn_backward(dy.to(x.dtype), *tensors, *options)
         grads = tuple(grad if need else None for grad, need in zip(computed, ctx.needs_input_grad[:7], strict=True))
     dresidual = None if ctx.residual_dtype is None else dy.to(ctx.residual_dtype)
     return (*grads, None, dresidual, *(None,) * 5)

@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import current_backend
 from ..tuning import choose
 from . import _library
 from ._library import (
+    by_reference,
     check_bounds,
     check_offsets,
     check_parameter,
@@ -68,7 +68,7 @@ def multiway_linear(
     check_linear(x, weight.shape[:2], bias, expert_offsets, activation, residual)
     check_row_index(row_index, x)
     check_bounds(bounds, weight.shape[0], x)
-    if current_backend() == "reference":
+    if by_reference():
         return multiway_linear_reference(
             x, weight, bias, expert_offsets, activation=activation, residual=residual, row_index=row_index
         )
@@ -294,18 +294,28 @@ _multiway_linear_backward = _library.define(
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, weight, _, expert_offsets, use_gelu, residual, row_index, _, ctx.bounds = inputs
-    ctx.save_for_backward(x, weight, expert_offsets, output[1] if use_gelu else None, row_index)
+    x, weight, bias, expert_offsets, use_gelu, residual, row_index, _, ctx.bounds = inputs
+    ctx.save_for_backward(x, weight, bias, expert_offsets, output[1] if use_gelu else None, row_index)
     ctx.residual_dtype = None if residual is None else residual.dtype
 
 
 def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 9
-    x, weight, expert_offsets, pre, row_index = ctx.saved_tensors
+    x, weight, bias, expert_offsets, pre, row_index = ctx.saved_tensors
     needs_x, needs_weight, needs_bias = ctx.needs_input_grad[:3]
     dx = dweight = dbias = None
-    if needs_x or needs_weight or needs_bias:
+    if torch.is_grad_enabled():
+        activation = None if pre is None else "gelu"
+        dx, dweight, dbias = _library.gradients_to_differentiate(
+            lambda *inputs: multiway_linear_reference(
+                *inputs, expert_offsets, activation=activation, row_index=row_index
+            ),
+            (x, weight, bias),
+            ctx.needs_input_grad[:3],
+            dy.to(x.dtype),
+        )
+    elif needs_x or needs_weight or needs_bias:
         dx, dweight, dbias = _multiway_linear_backward(
             dy.to(x.dtype), x, weight, expert_offsets, pre, row_index, needs_x, needs_weight or needs_bias, ctx.bounds
         )

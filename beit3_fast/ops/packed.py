@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..backend import current_backend
 from . import _library
-from ._library import check_parameter, check_rows, check_tensors
+from ._library import by_reference, check_parameter, check_rows, check_tensors
 from .layer_norm import _layer_norm
 from .multiway_ffn import check_ffn
 from .multiway_linear import check_linear, compiled_forward
@@ -107,10 +107,10 @@ def unpack_weight(weight: Tensor, scales: Tensor | None = None, dtype: torch.dty
 
 
 def serves_packed(x: Tensor, weight: Tensor) -> bool:
-    """Whether :func:`packed_linear` is what to run: ``weight`` is packed, no gradient is needed, and the backend in
+    """Whether :func:`packed_linear` is what to run: ``weight`` is packed, no derivative is needed, and the backend in
     force leaves the choice."""
     trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
-    return weight.ndim > 3 and not trained and current_backend() == "auto"
+    return weight.ndim > 3 and not trained and current_backend() == "auto" and not by_reference()
 
 
 def packed_linear(
