@@ -164,3 +164,21 @@ def test_a_model_on_a_gpu_never_waits(head: str | None) -> None:
     with FakeTensorMode(allow_non_fake_inputs=True):
         model, given = model_of(head, "cuda"), arguments(head, "cuda")
         assert {value.device.type for value in tensors(model(**given))} == {"cuda"}
+
+
+@pytest.mark.parametrize("head", HEADS)
+def test_the_default_device_changes_nothing(head: str | None) -> None:
+    """``torch.set_default_device``: whatever a forward makes says where."""
+    model, given = model_of(head), arguments(head)
+    with torch.no_grad():
+        expected = tensors(model(**given))
+        torch.set_default_device("meta")
+        try:
+            actual = tensors(model(**given))
+            given = {**given, **dict.fromkeys(NAMES[head][2:])}
+            ready = layout_of(head, model, given, None)
+            from_layout = tensors(model(**given, layout=ready))
+        finally:
+            torch.set_default_device(None)
+    for found in (actual, from_layout):
+        assert all(torch.equal(value, wanted) for value, wanted in zip(found, expected, strict=True))
