@@ -1,8 +1,8 @@
 """Released files in, released keys out.
 
-A checkpoint is a ``.safetensors`` file, or a ``.pth`` in the public code's form ``{"model": state_dict}`` (or
-``"module"``, or the state dict itself), often in fp16. It is read without executing code, and its keys and shapes tell
-what it is.
+A checkpoint is a safetensors file, or a ``.pth`` in the public code's form ``{"model": state_dict}`` (or what other
+trainers call it, or the state dict itself), often in fp16. It is read without executing code, and its keys and shapes
+tell what it is.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import os
+import pathlib
 import pickle
 import re
 import tempfile
@@ -18,6 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import numpy
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -31,6 +33,11 @@ VISION_POSITIONS = "beit3.encoder.embed_positions.A.weight"
 _UNPATCHED_ROWS = PositionEmbedding.FIRST + 1  # two dead rows and CLS
 _HEAD_DIMS = {1408: 88}  # the giant's; every other published width has heads of 64
 _LISTED = 8  # keys of one kind that an error spells out
+
+_UNDER = ("model", "module", "state_dict", "model_state_dict", "model_ema")
+"""What trainers call the weights in what they save, the first that is there."""
+_PREFIXES = ("module.", "_orig_mod.", "model.")
+"""What DistributedDataParallel, ``torch.compile`` and Lightning put before every key."""
 
 
 class CheckpointError(ValueError):
@@ -65,17 +72,16 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
         raise CheckpointError(f"checkpoint {str(path)!r} is a directory, expected a .pth or .safetensors file")
     if not path.is_file():
         raise FileNotFoundError(f"checkpoint {str(path)!r} does not exist")
-    if path.suffix == ".safetensors":
+    if _is_safetensors(path):
         import safetensors
         from safetensors.torch import load_file
 
         try:
-            return load_file(path)
+            return _without_prefix(load_file(path))
         except safetensors.SafetensorError as error:
             raise CheckpointError(f"{path} is not a readable safetensors file: {error}") from error
     try:
-        # the public trainer stores its command line beside the weights; a Namespace is plain data
-        with torch.serialization.safe_globals([argparse.Namespace]):
+        with torch.serialization.safe_globals(_plain_globals()):
             stored = torch.load(path, map_location="cpu", weights_only=True, mmap=_is_zip(path))
     except pickle.UnpicklingError as error:
         # PyTorch's own words advise to load the file unsafely
@@ -87,7 +93,7 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     except Exception as error:  # a damaged pickle makes the unpickler fail in any way
         raise CheckpointError(f"{path} is damaged or not a PyTorch checkpoint ({type(error).__name__})") from error
     if isinstance(stored, Mapping):
-        for key in ("model", "module"):
+        for key in _UNDER:
             if isinstance(stored.get(key), Mapping):
                 stored = stored[key]
                 break
@@ -100,7 +106,42 @@ def read_state_dict(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     ]
     if strange:
         raise CheckpointError(f"{path} holds entries that are not plain tensors: {_some(strange)}")
-    return dict(stored)
+    return _without_prefix(stored)
+
+
+def _is_safetensors(path: Path) -> bool:
+    """By its name, or by its first bytes: the length of a header that is JSON and within the file."""
+    with open(path, "rb") as file:
+        start = file.read(9)
+    named = path.suffix == ".safetensors"
+    return named or (start[8:] == b"{" and 0 < int.from_bytes(start[:8], "little") < path.stat().st_size)
+
+
+def _without_prefix(state_dict: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict as the model itself names it: what every key begins with is the wrapper's."""
+    found = next((p for p in _PREFIXES if state_dict and all(key.startswith(p) for key in state_dict)), None)
+    if found is None:
+        return dict(state_dict)
+    return _without_prefix({key.removeprefix(found): value for key, value in state_dict.items()})
+
+
+def _plain_globals() -> list[Any]:
+    """What trainers store beside the weights, a command line or the best accuracy, is data: making it runs no code of
+    the file. Each under the names that versions of Python and numpy give it."""
+    dtypes = [value for name, value in vars(numpy.dtypes).items() if name.endswith("DType")]
+    scalar = numpy.float64(0).__reduce__()[0]
+    scalars = [(scalar, f"numpy.{core}.multiarray.scalar") for core in ("core", "_core")]
+    paths = [
+        (kind, f"{module}.{name}")
+        for kind, name in (
+            (pathlib.PosixPath if os.name == "posix" else pathlib.PurePosixPath, "PosixPath"),
+            (pathlib.WindowsPath if os.name == "nt" else pathlib.PureWindowsPath, "WindowsPath"),
+            (pathlib.PurePosixPath, "PurePosixPath"),
+            (pathlib.PureWindowsPath, "PureWindowsPath"),
+        )
+        for module in ("pathlib", "pathlib._local")
+    ]
+    return [argparse.Namespace, numpy.dtype, *dtypes, *scalars, *paths]
 
 
 def inspect(state_dict: Mapping[str, Tensor]) -> CheckpointInfo:
