@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -92,11 +93,19 @@ def build(size: str, head: str, **overrides: Any) -> BEiT3Wrapper:
 
 
 def factory(name: str) -> Callable[..., BEiT3Wrapper]:
-    """The public code's factory function of a released name: ``factory(pretrained=False, **overrides)``."""
+    """The public code's factory function of a released name: ``factory(pretrained=False, **overrides)``.
+
+    ``pretrained`` changes nothing there, and programs that pass True load their checkpoint afterwards; here it warns.
+    """
 
     def create(pretrained: bool = False, **overrides: Any) -> BEiT3Wrapper:
         if pretrained:
-            raise ValueError("pretrained must be False: weights are not downloaded; use beit3_fast.load_model(path)")
+            warnings.warn(
+                f"{name}(pretrained=True) has random weights, as in the public code: none are downloaded. Load a "
+                "checkpoint into it, or make it with beit3_fast.load_model(path)",
+                UserWarning,
+                stacklevel=2,
+            )
         # timm's create_model passes options of its own, unset ones as None
         return create_model(name, **{key: value for key, value in overrides.items() if value is not None})
 
