@@ -86,7 +86,7 @@ def gradients_to_differentiate(
     For a backward with ``create_graph=True``: what a kernel returns has no graph, and a second derivative through it
     would silently be wrong. `function` is plain PyTorch, and computes the forward once more.
     """
-    leaves = [value for value, need in zip(inputs, needed, strict=True) if need]
+    leaves = [value for value, need in zip(inputs, needed, strict=True) if need and value is not None]
     found = iter(torch.autograd.grad(function(*inputs), leaves, dy, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needed]
 

@@ -288,14 +288,14 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, dout: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dout is None:
         return (None,) * 7
-    qkv, _, _, layout_segments, forbidden = ctx.saved_tensors
+    qkv, _, _, layout_segments, forbidden = saved = ctx.saved_tensors
     options = ctx.mask, ctx.scale, ctx.max_length
     if torch.is_grad_enabled():
         (dqkv,) = _library.gradients_to_differentiate(
             lambda rows: _plain_forward(rows, layout_segments, forbidden, *options, True)[0], (qkv,), (True,), dout
         )
     else:
-        dqkv = _attention_backward(dout, *ctx.saved_tensors, *options)
+        dqkv = _attention_backward(dout, *saved, *options)
     return (dqkv, *(None,) * 6)
 
 

@@ -178,7 +178,7 @@ def _backward(ctx: Any, dy: Tensor | None, dtotal: Tensor | None, *_: Any) -> tu
     if dy is not None and torch.is_grad_enabled():
         bias = torch.zeros_like(weight, dtype=bias_dtype).requires_grad_()  # its value changes no gradient
         through_norm, dweight, dbias = _library.gradients_to_differentiate(
-            lambda *inputs: _forward(inputs[0], None, *inputs[1:], expert_offsets, ctx.eps)[0],
+            lambda total, weight, bias: _forward(total, None, weight, bias, expert_offsets, ctx.eps)[0],
             (total, weight, bias),
             (total.requires_grad, weight.requires_grad, True),
             dy,

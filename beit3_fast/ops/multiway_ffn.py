@@ -353,13 +353,16 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> Non
 def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]:
     if dy is None:
         return (None,) * 14
-    inputs, (expert_offsets, row_index, *computed_forward) = ctx.saved_tensors[:7], ctx.saved_tensors[7:]
+    saved = ctx.saved_tensors  # asked for once: a checkpoint computes them anew each time
+    inputs, (expert_offsets, row_index, *computed_forward) = saved[:7], saved[7:]
     x, fc1_weight, _, norm_weight, norm_bias, fc2_weight, _ = inputs
     needs_x, needs_parameters = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:7])
     grads: Sequence[Tensor | None] = (None,) * 7
     if torch.is_grad_enabled():
         grads = _library.gradients_to_differentiate(
-            lambda *again: multiway_ffn_reference(*again, expert_offsets, row_index=row_index, eps=ctx.eps),
+            lambda x, fc1, bias1, gain, shift, fc2, bias2: multiway_ffn_reference(
+                x, fc1, bias1, gain, shift, fc2, bias2, expert_offsets, row_index=row_index, eps=ctx.eps
+            ),
             inputs,
             ctx.needs_input_grad[:7],
             dy.to(x.dtype),

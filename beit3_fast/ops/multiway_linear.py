@@ -308,8 +308,8 @@ def _backward(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Tensor | None, ...]
     if torch.is_grad_enabled():
         activation = None if pre is None else "gelu"
         dx, dweight, dbias = _library.gradients_to_differentiate(
-            lambda *inputs: multiway_linear_reference(
-                *inputs, expert_offsets, activation=activation, row_index=row_index
+            lambda x, weight, bias: multiway_linear_reference(
+                x, weight, bias, expert_offsets, activation=activation, row_index=row_index
             ),
             (x, weight, bias),
             ctx.needs_input_grad[:3],
