@@ -87,6 +87,8 @@ def gradients_to_differentiate(
     would silently be wrong. `function` is plain PyTorch, and computes the forward once more.
     """
     leaves = [value for value, need in zip(inputs, needed, strict=True) if need and value is not None]
+    if not leaves:  # a residual alone is differentiated
+        return [None] * len(needed)
     found = iter(torch.autograd.grad(function(*inputs), leaves, dy, create_graph=True, allow_unused=True))
     return [next(found) if need else None for need in needed]
 

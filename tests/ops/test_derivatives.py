@@ -77,6 +77,18 @@ def test_forward_mode(call: str) -> None:
     torch.autograd.gradcheck(function, leaves, check_forward_ad=True, check_backward_ad=False)
 
 
+@pytest.mark.parametrize("place", [0, 1, 2, 3], ids=["x", "weight", "bias", "residual"])
+def test_second_derivatives_by_one_input_alone(place: int) -> None:
+    """The others are frozen; of the residual alone nothing is to be differentiated but a sum."""
+    function, inputs = linear("gelu")
+    torch.autograd.gradgradcheck(function, [v.requires_grad_(i == place) for i, v in enumerate(inputs)])
+
+
+def test_second_derivatives_by_the_residual_of_a_frozen_block() -> None:
+    function, inputs = ffn(True)
+    torch.autograd.gradgradcheck(function, [v.requires_grad_(i == 1) for i, v in enumerate(inputs)])
+
+
 @pytest.mark.parametrize("frozen", [False, True], ids=["trained", "frozen"])
 def test_of_a_model(frozen: bool) -> None:
     """A Hessian-vector product and a directional derivative in fp32, where the compiled library serves gradients."""
