@@ -53,17 +53,12 @@ Gradients = Callable[[], "dict[str, Tensor]"]
 class Setup(model.Setup):
     """A backbone in training."""
 
-    def __init__(
-        self,
-        case: ModelCase,
-        device: torch.device,
-        config: EncoderConfig | None = None,
-        weights: dict[str, Tensor] | None = None,
-    ) -> None:
-        super().__init__(case, device, config, weights)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        case = self.case
         vision = 0 if case.image_size is None else (case.image_size // self.config.patch_size) ** 2 + 1
         shape = case.batch, vision + (case.text_tokens or 0), self.config.encoder_embed_dim
-        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(device)
+        gradient = torch.randn(shape, generator=torch.Generator().manual_seed(3)).to(self.device)
         self.gradient = gradient * self.meaningful(gradient).unsqueeze(-1)
 
     def running(self) -> contextlib.AbstractContextManager[Any]:
